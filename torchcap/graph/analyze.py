@@ -1,0 +1,347 @@
+"""``analyze()``: run the operator rules over a model's graphs and collect its channel spaces."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from torchcap.errors import ModelError
+from torchcap.graph.channels import UNKNOWN, Axis, ChannelTable, Resolved, Run
+from torchcap.graph.folds import find_folds
+from torchcap.graph.rules import (
+    CONVOLUTIONS,
+    LINEARS,
+    READS_SIZES,
+    RULES,
+    Call,
+    Channels,
+    Extent,
+    Opaque,
+    Rule,
+    Target,
+    Value,
+    find_module_rule,
+    find_rule,
+    flat,
+    opaque,
+)
+from torchcap.graph.spaces import (
+    ChannelSpace,
+    Fold,
+    Freedom,
+    LayerCall,
+    Port,
+    SpaceGraph,
+    Stretch,
+    Tap,
+)
+from torchcap.graph.taps import Sight, find_sights
+from torchcap.graph.trace import ExampleInputs, Traced, trace
+
+
+def analyze(
+    model: nn.Module,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    leaves: Sequence[type[nn.Module]] = (),
+    rules: Mapping[Target, Rule] | None = None,
+) -> SpaceGraph:
+    """Read a model and return its channel spaces. The model is not changed, nor its mode.
+
+    Args:
+        model: any module, in training or evaluation mode, on any device (``meta`` too); a
+            ``GraphModule`` is read as it stands.
+        example_inputs: a tensor, a tuple of positional arguments, or a mapping of keyword
+            arguments. May be left out for timm models with a ``pretrained_cfg`` and for
+            torchvision's models.
+        leaves: module classes that are read as one operator; without a rule of their own they
+            are boundaries.
+        rules: operator rules that are asked before the table of torchcap: a module class, a
+            function or a method name, to a function ``rule(call) -> value``.
+
+    Returns:
+        The spaces, each with its ports and its freedom, and a reason where it is not free.
+
+    Raises:
+        TraceError: if the forward cannot be traced.
+        ExampleInputsError: if the example inputs are missing or do not fit.
+        ModelError: if the model is no ``nn.Module`` that can be read (a ``ScriptModule``).
+
+    Examples:
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> graph = analyze(net, torch.zeros(1, 3, 16, 16))
+        >>> [(space.name, space.channels, space.freedom) for space in graph.spaces]
+        [('0', 8, 'stiefel'), ('2', 4, 'fixed')]
+
+    References:
+        Minnehan & Savakis, "Cascaded Projection", CVPR 2019, sec. 3.5 (what residual networks
+        leave fixed).
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            f"{type(model).__name__!r} cannot be read: a torch.nn.Module was expected, not a "
+            "scripted or frozen one; pass the module that it was made from"
+        )
+    table = {**RULES, **(rules or {})}
+
+    def is_leaf(module: nn.Module) -> bool:
+        if isinstance(module, tuple(leaves)) or parametrize.is_parametrized(module):
+            return True
+        return find_module_rule(module, table) is not None
+
+    readings = trace(model, example_inputs, is_leaf=is_leaf)
+    return _Reading(model, readings, table).graph()
+
+
+class _Reading:
+    """The work of one ``analyze()``."""
+
+    def __init__(
+        self, model: nn.Module, readings: tuple[Traced, ...], rules: Mapping[Target, Rule]
+    ) -> None:
+        self.model = model
+        self.readings = readings
+        self.rules = rules
+        self.table = ChannelTable()
+        self.folds = find_folds([reading.module for reading in readings])
+        self.folded = {fold.norm for fold in self.folds if fold.norm is not None}
+        self.notes: Counter[str] = Counter()
+        self.values: dict[fx.Node, Value] = {}
+
+    def graph(self) -> SpaceGraph:
+        for reading in self.readings:
+            for node in reading.module.graph.nodes:
+                self.values[node] = self._visit(reading, node)
+        self._fix_shared_parameters()
+        self._fix_shared_layers()
+        self._fix_auxiliary_layers()
+        sights = find_sights(self.readings[0], self.values)
+        resolved = self.table.resolve([sight.value.ids for sight in sights])
+        spaces, names = self._spaces(resolved)
+        return SpaceGraph(
+            model=type(self.model).__name__,
+            spaces=spaces,
+            tensors={name: tuple(p.shape) for name, p in self.model.named_parameters()},
+            calls=tuple(self._calls()),
+            folds=self.folds,
+            taps=tuple(_taps(sights, resolved, names)),
+            notes=tuple(
+                f"no rule for {name} ({count} {'uses' if count > 1 else 'use'})"
+                for name, count in self.notes.items()
+            ),
+        )
+
+    # ----------------------------------------------------------------------------------------------
+    # Walking the graph
+
+    def _visit(self, reading: Traced, node: fx.Node) -> Value:
+        result = node.meta.get("val")
+        if node.op == "placeholder":
+            return opaque(result)
+        if node.op == "get_attr":
+            return self._attribute(node)
+        if node.op == "output":
+            for value in flat(_mapped(node.args, self.values)):
+                if isinstance(value, Channels | Extent):
+                    self.table.fix(value.ids, "output of the model")
+            return None
+        call = self._call(reading, node, result)
+        rule = find_rule(node, call.module, self.rules)
+        if rule is None:
+            return self._boundary(call)
+        values = list(flat((call.args, call.kwargs)))
+        if any(isinstance(v, Extent) for v in values) and rule not in READS_SIZES:
+            return call.give_up(f"its number of channels is used in {call.label}")
+        try:
+            return rule(call)
+        except Exception as error:  # noqa: BLE001 - a rule that fails is a boundary, not a crash
+            self.notes[f"{call.label} (its rule failed: {error})"] += 1
+            return call.give_up(f"the rule of {call.label} failed")
+
+    def _call(self, reading: Traced, node: fx.Node, result: Any) -> Call:
+        path = str(node.target) if node.op == "call_module" else ""
+        return Call(
+            node=node,
+            args=_mapped(node.args, self.values),
+            kwargs=_mapped(node.kwargs, self.values),
+            result=result,
+            module=reading.module.get_submodule(path) if node.op == "call_module" else None,
+            path=path,
+            table=self.table,
+            folded=path in self.folded,
+        )
+
+    def _boundary(self, call: Call) -> Value:
+        values = list(flat((call.args, call.kwargs)))
+        if any(isinstance(v, Extent) for v in values):
+            return call.give_up(f"its number of channels is computed with, in {call.label}")
+        if any(isinstance(v, Channels) for v in values):
+            self.notes[call.label] += 1
+        return call.give_up(f"no rule for {call.label}")
+
+    def _attribute(self, node: fx.Node) -> Value:
+        """Follow a parameter that scales channels directly (layer scale); others are opaque."""
+        path, _, name = str(node.target).rpartition(".")
+        try:
+            owner = self.model.get_submodule(path)
+        except AttributeError:  # a constant that tracing has put into the graph
+            return opaque(node.meta.get("val"))
+        tensor = getattr(owner, name, None)
+        wide = [d for d, n in enumerate(tensor.shape) if n > 1] if isinstance(tensor, Tensor) else []
+        held = {**owner._parameters, **owner._buffers}
+        if not isinstance(tensor, Tensor) or len(wide) != 1 or held.get(name) is None:
+            return opaque(node.meta.get("val"))
+        ids = self.table.axis(path, [(name, wide[0])], "carrier", tensor.shape[wide[0]])
+        return Channels(tuple(tensor.shape), wide[0], ids)
+
+    # ----------------------------------------------------------------------------------------------
+    # What no operator shows
+
+    def _fix_shared_parameters(self) -> None:
+        """Fix layers whose parameters have another owner too, or are read outside of their layer."""
+        owners = Counter(
+            id(tensor)
+            for _, module in self.model.named_modules()
+            for tensor in [*module._parameters.values(), *module._buffers.values()]
+            if tensor is not None
+        )
+        read = {
+            (str(node.target).rpartition(".")[0], str(node.target).rpartition(".")[2])
+            for reading in self.readings
+            for node in reading.module.graph.find_nodes(op="get_attr")
+        }
+        for axis in self.table.axes.values():
+            module = self.model.get_submodule(axis.module)
+            for name, _ in axis.tensors:
+                if owners[id(getattr(module, name))] > 1:
+                    self.table.fix(axis.ids, f"{axis.module}.{name} is shared with another layer")
+                if axis.role != "carrier" and (axis.module, name) in read:
+                    self.table.fix(axis.ids, f"{axis.module}.{name} is read outside of its layer")
+
+    def _fix_auxiliary_layers(self) -> None:
+        """Fix what auxiliary heads write: evaluation never runs them, so nothing would be gained."""
+        called = {
+            str(node.target)
+            for node in self.readings[0].module.graph.find_nodes(op="call_module")
+        }
+        for axis in self.table.axes.values():
+            if axis.role == "producer" and axis.module not in called:
+                self.table.fix(axis.ids, f"{axis.module!r} runs in training mode only")
+
+    def _fix_shared_layers(self) -> None:
+        """Fix layers that are the same module under two names: hooks and sizes would meet twice."""
+        paths: dict[int, list[str]] = {}
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            paths.setdefault(id(module), []).append(path)
+        shared = {path for names in paths.values() if len(names) > 1 for path in names}
+        for axis in self.table.axes.values():
+            if axis.module in shared:
+                self.table.fix(axis.ids, f"{axis.module!r} is registered under two names")
+
+    # ----------------------------------------------------------------------------------------------
+    # Writing down what was found
+
+    def _spaces(self, resolved: Resolved) -> tuple[tuple[ChannelSpace, ...], dict[int, str]]:
+        ports: dict[int, dict[str, list[Port]]] = {}
+        for axis, runs in zip(self.table.axes.values(), resolved.runs, strict=True):
+            for run in runs:
+                roles = ports.setdefault(run.space, {"producer": [], "consumer": [], "carrier": []})
+                roles[axis.role] += _ports(axis, run)
+        names: dict[int, str] = {}
+        taken: Counter[str] = Counter()
+        spaces = []
+        for number, roles in ports.items():
+            if not roles["producer"]:
+                continue
+            first = roles["producer"][0].module
+            taken[first] += 1
+            names[number] = first if taken[first] == 1 else f"{first}:{taken[first]}"
+            freedom, reason = _freedom(resolved, number, roles)
+            spaces.append(
+                ChannelSpace(
+                    name=names[number],
+                    channels=resolved.channels[number],
+                    freedom=freedom,
+                    producers=tuple(roles["producer"]),
+                    consumers=tuple(roles["consumer"]),
+                    carriers=tuple(roles["carrier"]),
+                    reason=reason,
+                    blocks=resolved.cells[number],
+                )
+            )
+        return tuple(spaces), names
+
+    def _calls(self) -> Iterator[LayerCall]:
+        reading = self.readings[0]
+        for node in reading.module.graph.find_nodes(op="call_module"):
+            module = reading.module.get_submodule(str(node.target))
+            result = node.meta.get("val")
+            if isinstance(module, CONVOLUTIONS + LINEARS) and isinstance(result, Tensor):
+                yield LayerCall(str(node.target), result.numel() // module.weight.shape[0])
+
+
+def _mapped(value: Any, values: Mapping[fx.Node, Value]) -> Any:
+    """Replace the nodes in an argument by their values, slices and mappings included."""
+    if isinstance(value, fx.Node):
+        return values[value]
+    if isinstance(value, Mapping):
+        return {key: _mapped(item, values) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return tuple(_mapped(item, values) for item in value)
+    if isinstance(value, slice):
+        return slice(*(_mapped(v, values) for v in (value.start, value.stop, value.step)))
+    return value
+
+
+def _ports(axis: Axis, run: Run) -> list[Port]:
+    return [
+        Port(
+            axis.module, name, dim, run.offset, run.start, run.channels, run.repeat, axis.groups
+        )
+        for name, dim in axis.tensors
+    ]
+
+
+def _freedom(
+    resolved: Resolved, space: int, roles: Mapping[str, list[Port]]
+) -> tuple[Freedom, str]:
+    reason = resolved.reasons[space]
+    if reason is None and not roles["consumer"]:
+        reason = "no layer with a rule reads it"
+    if reason is None and resolved.channels[space] == resolved.cells[space]:
+        reason = "every block holds one channel"
+    if reason is not None:
+        return "fixed", reason
+    if resolved.selection[space] is not None:
+        return "selection", str(resolved.selection[space])
+    return ("stiefel" if resolved.nonlinear[space] else "linear"), ""
+
+
+def _taps(
+    sights: Sequence[Sight], resolved: Resolved, names: Mapping[int, str]
+) -> Iterator[Tap]:
+    for sight, layout in zip(sights, resolved.layouts, strict=True):
+        if layout:
+            yield Tap(
+                sight.name,
+                sight.module,
+                sight.call,
+                sight.side,
+                sight.mutated,
+                sight.value.dim,
+                tuple(
+                    Stretch(
+                        None if run.space == UNKNOWN else names.get(run.space),
+                        run.start,
+                        run.channels,
+                        run.repeat,
+                    )
+                    for run in layout
+                ),
+            )

@@ -1,0 +1,322 @@
+"""Channel identities: which entries of which tensor axes are the same channel.
+
+Every axis of every parameter gets a run of integers, one a channel. Reading the graph joins the
+integers that an operator forces to agree (the output axis of a convolution and the input axis of
+the next one) and notes what may not change. At the end the joined classes fall into *cells*: runs
+of channels that travel together through every axis, in one order. Cells whose ranks must agree
+(the groups of a grouped convolution, the halves of a chunk) form one channel space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+
+UNKNOWN = -1
+"""The space of channels that stand on no layer's axis."""
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One axis of one layer, with the tensors that carry it.
+
+    Attributes:
+        module: qualified name of the layer, ``""`` for the model itself.
+        tensors: (tensor name, axis number) of each parameter or buffer with this axis.
+        role: ``"producer"``, ``"consumer"`` or ``"carrier"``.
+        ids: the channel identities along the axis; for the input of a grouped convolution, of all
+            groups one after the other.
+        groups: number of groups that share the positions of the axis (grouped convolution input).
+    """
+
+    module: str
+    tensors: tuple[tuple[str, int], ...]
+    role: str
+    ids: Ids
+    groups: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A stretch of an axis that holds consecutive channels of one space, each ``repeat`` times."""
+
+    offset: int
+    space: int
+    start: int
+    channels: int
+    repeat: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """Channel spaces of a table, by number.
+
+    Attributes:
+        cells: number of equal cells of each space.
+        channels: channels of each space, all cells together.
+        reasons: why a space may not change, else None.
+        selection: what tells the channels of a space apart, else None.
+        nonlinear: whether a nonlinearity stands in the space.
+        runs: for each axis of the table, what it is made of; empty where it is not made of whole
+            cells (whose spaces are then fixed).
+        layouts: the same for each observed axis.
+    """
+
+    cells: tuple[int, ...]
+    channels: tuple[int, ...]
+    reasons: tuple[str | None, ...]
+    selection: tuple[str | None, ...]
+    nonlinear: tuple[bool, ...]
+    runs: tuple[tuple[Run, ...], ...]
+    layouts: tuple[tuple[Run, ...], ...]
+
+
+@dataclass(slots=True)
+class ChannelTable:
+    """Collects axes, joins and restrictions while a graph is read."""
+
+    axes: dict[tuple[str, str, int], Axis] = field(default_factory=dict)
+    _size: int = 0
+    _joins: list[tuple[Ids, Ids]] = field(default_factory=list)
+    _fixed: list[tuple[Ids, str]] = field(default_factory=list)
+    _selections: list[tuple[Ids, str]] = field(default_factory=list)
+    _nonlinear: list[Ids] = field(default_factory=list)
+    _balances: list[tuple[Ids, str]] = field(default_factory=list)
+
+    def new(self, count: int) -> Ids:
+        """Return ``count`` new identities."""
+        ids = np.arange(self._size, self._size + count, dtype=np.int64)
+        self._size += count
+        return ids
+
+    def axis(
+        self,
+        module: str,
+        tensors: Sequence[tuple[str, int]],
+        role: str,
+        count: int,
+        groups: int = 1,
+    ) -> Ids:
+        """Return the identities along a parameter's axis: the same ones at every use of a layer."""
+        key = (module, *tensors[0])
+        if key not in self.axes:
+            self.axes[key] = Axis(module, tuple(tensors), role, self.new(count), groups)
+        return self.axes[key].ids
+
+    def join(self, left: Ids, right: Ids) -> None:
+        """Note that two axes hold the same channels, position by position."""
+        if left.size and left is not right:
+            self._joins.append((left.ravel(), right.ravel()))
+
+    def fix(self, ids: Ids, reason: str) -> None:
+        """Note that channels must stay as they are."""
+        self._fixed.append((ids.ravel(), reason))
+
+    def select(self, ids: Ids, reason: str) -> None:
+        """Note that channels are told apart, so that they may be dropped but not mixed."""
+        self._selections.append((ids.ravel(), reason))
+
+    def bend(self, ids: Ids) -> None:
+        """Note that a function that is not linear acts on channels."""
+        self._nonlinear.append(ids.ravel())
+
+    def balance(self, pieces: Ids, reason: str) -> None:
+        """Note that the rows of ``pieces``, shape ``(pieces, channels)``, must keep equal widths."""
+        self._balances.append((pieces, reason))
+
+    def resolve(self, observed: Sequence[Ids] = ()) -> Resolved:
+        """Sort all channels into spaces.
+
+        Args:
+            observed: identities along further axes (of activations) whose layout is wanted.
+        """
+        return _Resolution(self, self._labels(), observed).result()
+
+    def _labels(self) -> Ids:
+        """Return the class of every identity, by propagating the least label along the joins."""
+        labels = np.arange(self._size, dtype=np.int64)
+        if not self._joins:
+            return labels
+        left = np.concatenate([pair[0] for pair in self._joins])
+        right = np.concatenate([pair[1] for pair in self._joins])
+        while True:
+            least = np.minimum(labels[left], labels[right])
+            if np.array_equal(least, labels[left]) and np.array_equal(least, labels[right]):
+                return labels
+            # Hook both roots on the lesser one, then let every identity follow its root.
+            np.minimum.at(labels, labels[left], least)
+            np.minimum.at(labels, labels[right], least)
+            while not np.array_equal(labels, labels[labels]):
+                labels = labels[labels]
+
+
+class _Resolution:
+    """The work of one ``resolve()``: classes -> cells -> spaces."""
+
+    def __init__(self, table: ChannelTable, labels: Ids, observed: Sequence[Ids]) -> None:
+        self.table = table
+        self.labels = labels
+        self.axes = [labels[axis.ids] for axis in table.axes.values()]
+        self.observed = [labels[ids.ravel()] for ids in observed]
+        self.balances = [(labels[ids], reason) for ids, reason in table._balances]
+        self.reasons: list[str | None] = []
+        self._make_cells()
+        self.tie = list(range(len(self.cells)))
+
+    def _make_cells(self) -> None:
+        """Group classes that stand on the same axes and in the same pieces, by random signature."""
+        rng = np.random.default_rng(0)
+        signature = np.zeros(len(self.labels), dtype=np.uint64)
+        stretches: Iterable[Ids] = [
+            *self.axes,
+            *(row for pieces, _ in self.balances for row in pieces),
+        ]
+        for classes in stretches:
+            np.add.at(signature, classes, rng.integers(1, 2**63, dtype=np.uint64))
+        self.cell_of = np.full(len(self.labels), -1, dtype=np.int64)
+        self.cells: list[Ids] = []
+        # Axes are met in the order of the forward, so a cell has the order of its first axis; equal
+        # signatures stand on the same axes, so a cell is met whole.
+        for classes in self.axes:
+            fresh = _unique(classes[self.cell_of[classes] < 0])
+            for value in _unique(signature[fresh]):
+                members = fresh[signature[fresh] == value]
+                self.cell_of[members] = len(self.cells)
+                self.cells.append(members)
+
+    def result(self) -> Resolved:
+        self.reasons = [None] * len(self.cells)
+        for ids, reason in self.table._fixed:
+            self._fix(_unique(self.cell_of[self.labels[ids]]), reason)
+        runs = [
+            self._runs(classes, self._arrival(axis.module))
+            for axis, classes in zip(self.table.axes.values(), self.axes, strict=True)
+        ]
+        layouts = [self._runs(classes, None) for classes in self.observed]
+        for pieces, reason in self.balances:
+            self._tie_pieces(pieces, reason)
+        return self._spaces(runs, layouts)
+
+    @staticmethod
+    def _arrival(module: str) -> str:
+        return f"its channels reach {module!r} in another order or in part"
+
+    def _fix(self, cells: Iterable[int], reason: str) -> None:
+        for cell in cells:
+            if cell >= 0 and self.reasons[cell] is None:
+                self.reasons[cell] = reason
+
+    def _runs(self, classes: Ids, reason: str | None) -> list[Run]:
+        """Read an axis as whole cells one after the other; fix the cells that don't come whole."""
+        runs: list[Run] = []
+        position = 0
+        while position < len(classes):
+            cell = int(self.cell_of[classes[position]])
+            if cell >= 0:
+                run = self._whole_cell(classes, position, cell)
+            else:
+                run = Run(position, UNKNOWN, 0, 1, 1)
+            if run is None:
+                if reason is not None:
+                    self._fix(_unique(self.cell_of[classes]), reason)
+                return []
+            runs.append(run)
+            position += run.channels * run.repeat
+        return runs
+
+    def _whole_cell(self, classes: Ids, offset: int, cell: int) -> Run | None:
+        members = self.cells[cell]
+        changes = np.flatnonzero(classes[offset:] != classes[offset])
+        stretch = int(changes[0]) if len(changes) else len(classes) - offset
+        # A cell of one channel may stand several times in a row: each time is a repetition.
+        repeat = stretch
+        expected = np.repeat(members, repeat)
+        found = classes[offset : offset + len(expected)]
+        return Run(offset, cell, 0, len(members), repeat) if np.array_equal(found, expected) else None
+
+    def _tie_pieces(self, pieces: Ids, reason: str) -> None:
+        rows = [self._runs(row, reason) for row in pieces]
+        if not all(rows) or any(run.space == UNKNOWN for row in rows for run in row):
+            self._fix(_unique(self.cell_of[pieces.ravel()]), reason)
+            return
+        shapes = [[(run.channels, run.repeat) for run in row] for row in rows]
+        if any(shape != shapes[0] for shape in shapes):
+            self._fix((run.space for row in rows for run in row), reason)
+            return
+        for column in zip(*rows, strict=True):
+            for run in column[1:]:
+                self.tie[self._root(run.space)] = self._root(column[0].space)
+
+    def _root(self, cell: int) -> int:
+        while self.tie[cell] != cell:
+            cell = self.tie[cell]
+        return cell
+
+    def _spaces(self, runs: list[list[Run]], layouts: list[list[Run]]) -> Resolved:
+        families: dict[int, list[int]] = {}
+        for cell in range(len(self.cells)):
+            families.setdefault(self._root(cell), []).append(cell)
+        members = list(families.values())
+        home = {
+            cell: (space, number * len(self.cells[cell]))
+            for space, cells in enumerate(members)
+            for number, cell in enumerate(cells)
+        }
+        selections: list[str | None] = [None] * len(members)
+        for ids, reason in self.table._selections:
+            for cell in _unique(self.cell_of[self.labels[ids]]):
+                if cell >= 0 and selections[home[int(cell)][0]] is None:
+                    selections[home[int(cell)][0]] = reason
+        bent = {
+            home[int(cell)][0]
+            for ids in self.table._nonlinear
+            for cell in _unique(self.cell_of[self.labels[ids]])
+            if cell >= 0
+        }
+        return Resolved(
+            cells=tuple(len(cells) for cells in members),
+            channels=tuple(len(cells) * len(self.cells[cells[0]]) for cells in members),
+            reasons=tuple(
+                next((self.reasons[cell] for cell in cells if self.reasons[cell]), None)
+                for cells in members
+            ),
+            selection=tuple(selections),
+            nonlinear=tuple(space in bent for space in range(len(members))),
+            runs=tuple(tuple(_merged(axis, home)) for axis in runs),
+            layouts=tuple(tuple(_merged(axis, home)) for axis in layouts),
+        )
+
+
+def _unique(values: Ids) -> Ids:
+    """Return the distinct values in the order in which they first appear."""
+    _, first = np.unique(values, return_index=True)
+    return values[np.sort(first)]
+
+
+def _merged(runs: list[Run], home: dict[int, tuple[int, int]]) -> Iterator[Run]:
+    """Turn runs of cells into runs of spaces, neighbouring cells of a space in one run."""
+    pending: Run | None = None
+    for run in runs:
+        space, start = home.get(run.space, (UNKNOWN, 0))
+        if space == UNKNOWN:  # channels that no layer writes: one run, however many
+            start = pending.channels if pending is not None and pending.space == UNKNOWN else 0
+        if (
+            pending is not None
+            and pending.space == space
+            and pending.repeat == run.repeat
+            and pending.start + pending.channels == start
+        ):
+            pending = Run(
+                pending.offset, space, pending.start, pending.channels + run.channels, run.repeat
+            )
+            continue
+        if pending is not None:
+            yield pending
+        pending = Run(run.offset, space, start, run.channels, run.repeat)
+    if pending is not None:
+        yield pending

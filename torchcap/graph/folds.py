@@ -1,0 +1,76 @@
+"""Which normalisations can be folded into the layer before them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from torchcap.graph.rules import (
+    RULES,
+    STANDARDIZED,
+    batch_norm,
+    convolution,
+    find_module_rule,
+    linear,
+)
+from torchcap.graph.spaces import Fold
+
+
+def find_folds(graphs: Sequence[fx.GraphModule]) -> tuple[Fold, ...]:
+    """Find the batch norms that fold into a layer, and the layers with weight standardisation.
+
+    A batch norm folds where in every graph it directly follows its layer, is the layer's only
+    reader, and both are called once: then the pair is one affine map per output channel.
+    """
+    pairs = [dict(_pairs(graph)) for graph in graphs]
+    used = [_calls(graph) for graph in graphs]
+    folds: dict[str, Fold] = {}
+    for graph, found in zip(graphs, pairs, strict=True):
+        for layer, norm in found.items():
+            agree = all(
+                other.get(layer) == norm or not (calls[layer] or calls[norm])
+                for other, calls in zip(pairs, used, strict=True)
+            )
+            if agree:
+                folds[layer] = Fold(layer, norm)
+        for node in graph.graph.find_nodes(op="call_module"):
+            layer = str(node.target)
+            module = graph.get_submodule(layer)
+            standard = isinstance(module, STANDARDIZED) and _foldable(module)
+            if standard and find_module_rule(module, RULES) is convolution:
+                folds.setdefault(layer, Fold(layer, None))
+    return tuple(folds.values())
+
+
+def _calls(graph: fx.GraphModule) -> Counter[str]:
+    return Counter(str(node.target) for node in graph.graph.find_nodes(op="call_module"))
+
+
+def _pairs(graph: fx.GraphModule) -> Iterator[tuple[str, str]]:
+    calls = _calls(graph)
+    for node in graph.graph.find_nodes(op="call_module"):
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
+            continue
+        norm = graph.get_submodule(str(node.target))
+        layer = graph.get_submodule(str(source.target))
+        if calls[str(node.target)] > 1 or calls[str(source.target)] > 1:
+            continue
+        if find_module_rule(norm, RULES) is not batch_norm or not _has_statistics(norm):
+            continue
+        rule = find_module_rule(layer, RULES)
+        result = source.meta.get("val")
+        flat = isinstance(result, Tensor) and result.dim() == 2
+        if (rule is convolution or (rule is linear and flat)) and _foldable(layer):
+            yield str(source.target), str(node.target)
+
+
+def _has_statistics(norm: nn.Module) -> bool:
+    return _foldable(norm) and getattr(norm, "running_mean", None) is not None
+
+
+def _foldable(module: nn.Module) -> bool:
+    return not parametrize.is_parametrized(module)

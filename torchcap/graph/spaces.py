@@ -1,0 +1,247 @@
+"""Channel spaces: what reading a model finds, as plain data.
+
+A *channel space* is the set of tensor axes that must keep the same channels in the same order. It
+names its producers, consumers and carriers by :class:`Port`, and says with its *freedom* which
+projections it allows. A :class:`SpaceGraph` holds all spaces of one model, together with what is
+needed to decide (shapes and multiply-adds) and to change (which norms fold into which layers). It
+holds no tensors and no modules, so it survives a copy of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Freedom = Literal["linear", "stiefel", "selection", "fixed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A slice of one axis of one parameter or buffer that holds channels of a space.
+
+    Entry ``offset + i`` of the axis belongs to channel ``start + i // repeat`` of the space.
+
+    Attributes:
+        module: qualified name of the layer that owns the tensor, ``""`` for the model itself.
+        parameter: name of the tensor in its layer.
+        axis: the axis of the tensor.
+        offset: first entry of the slice; for ``groups > 1`` counted over all groups, one after
+            the other.
+        start: first channel of the space that the slice holds.
+        channels: number of channels that the slice holds.
+        repeat: how many neighbouring entries hold one channel (positions merged by a flatten, or
+            the multiplier of a depthwise convolution).
+        groups: for the input axis of a grouped convolution, its number of groups: group ``g`` of
+            the outputs reads entries ``g * size`` to ``(g + 1) * size``, all stored at ``0..size``.
+    """
+
+    module: str
+    parameter: str
+    axis: int
+    offset: int
+    start: int
+    channels: int
+    repeat: int = 1
+    groups: int = 1
+
+    @property
+    def tensor(self) -> str:
+        """Qualified name of the tensor."""
+        return f"{self.module}.{self.parameter}" if self.module else self.parameter
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelSpace:
+    """Tensor axes that must keep the same channels in the same order.
+
+    Attributes:
+        name: qualified name of the first producer; a further space of the same layer has ``:2``,
+            ``:3``… behind it.
+        channels: number of channels.
+        freedom: ``"linear"`` (no nonlinearity on the way), ``"stiefel"`` (one pointwise function
+            for all channels), ``"selection"`` (channels may be dropped, not mixed) or ``"fixed"``.
+        producers: the axes that write the channels.
+        consumers: the axes that mix them away.
+        carriers: the axes of parameters that act on each channel alone.
+        reason: why the space is fixed, or only a selection; empty otherwise.
+        blocks: number of equal blocks, one behind the other, that must keep equally many channels
+            each (groups of a convolution, pieces of a chunk); ranks are multiples of it.
+    """
+
+    name: str
+    channels: int
+    freedom: Freedom
+    producers: tuple[Port, ...]
+    consumers: tuple[Port, ...]
+    carriers: tuple[Port, ...]
+    reason: str = ""
+    blocks: int = 1
+
+    @property
+    def free(self) -> bool:
+        """Whether the space may get a smaller rank."""
+        return self.freedom != "fixed"
+
+    @property
+    def ports(self) -> tuple[Port, ...]:
+        """All ports: producers, consumers, carriers."""
+        return self.producers + self.consumers + self.carriers
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Consecutive channels of an activation: of one space, or (``space`` is None) of none."""
+
+    space: str | None
+    start: int
+    channels: int
+    repeat: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """A place where the features of teacher and student are compared.
+
+    Attributes:
+        name: the graph node whose value is compared.
+        module: qualified name of the module call that shows the value.
+        call: which call of that module in a forward, from 0.
+        side: ``"output"``, or ``"input"`` where the value is the module's first argument.
+        mutated: whether an operator behind it writes into the value.
+        dim: the dimension of the channels.
+        layout: what stands along that dimension.
+    """
+
+    name: str
+    module: str
+    call: int
+    side: Literal["output", "input"]
+    mutated: bool
+    dim: int
+    layout: tuple[Stretch, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """A normalisation that can be folded into the layer before it, or a layer's own.
+
+    Attributes:
+        layer: qualified name of the convolution or linear layer.
+        norm: qualified name of its batch norm; None where only weight standardisation folds.
+    """
+
+    layer: str
+    norm: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """One call of a convolution or linear layer.
+
+    Attributes:
+        module: qualified name of the layer.
+        positions: how often each output channel is computed (batch times output positions).
+    """
+
+    module: str
+    positions: int
+
+
+@dataclass(frozen=True, slots=True)
+class SpaceGraph:
+    """Everything that reading a model finds.
+
+    Attributes:
+        model: name of the model's class.
+        spaces: all channel spaces with a producer, in the order of the forward.
+        tensors: shape of every parameter of the model, by qualified name.
+        calls: calls of convolutions and linear layers in one evaluation forward on the example.
+        folds: the norms and standardisations that can be folded away.
+        taps: where features can be compared.
+        notes: what the reading left out, in words (operators without a rule).
+    """
+
+    model: str
+    spaces: tuple[ChannelSpace, ...]
+    tensors: Mapping[str, tuple[int, ...]]
+    calls: tuple[LayerCall, ...]
+    folds: tuple[Fold, ...]
+    taps: tuple[Tap, ...]
+    notes: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> ChannelSpace:
+        for space in self.spaces:
+            if space.name == name:
+                return space
+        raise KeyError(name)
+
+    @property
+    def free(self) -> tuple[ChannelSpace, ...]:
+        """The spaces that may get a smaller rank."""
+        return tuple(space for space in self.spaces if space.free)
+
+    def __str__(self) -> str:
+        return "\n".join(_table(self))
+
+    def after_folding(self) -> SpaceGraph:
+        """Return the same graph for the folded model: norms gone, every folded layer with a bias."""
+        norms = {fold.norm for fold in self.folds if fold.norm is not None}
+        biased = {fold.layer for fold in self.folds if fold.norm is not None}
+        tensors = {
+            name: shape
+            for name, shape in self.tensors.items()
+            if _owner(name) not in norms and not self._is_gain(name)
+        }
+        for layer in biased:
+            tensors[f"{layer}.bias"] = self.tensors[f"{layer}.weight"][:1]
+        spaces = tuple(
+            dataclasses.replace(
+                space,
+                producers=tuple(self._folded(space.producers, biased)),
+                carriers=tuple(
+                    port
+                    for port in self._folded(space.carriers, biased)
+                    if port.module not in norms
+                ),
+            )
+            for space in self.spaces
+        )
+        return dataclasses.replace(self, spaces=spaces, tensors=tensors, folds=())
+
+    def _is_gain(self, name: str) -> bool:
+        return any(name == f"{fold.layer}.gain" for fold in self.folds)
+
+    def _folded(self, ports: tuple[Port, ...], biased: set[str]) -> Iterator[Port]:
+        for port in ports:
+            if self._is_gain(port.tensor):
+                continue
+            if port.module in biased and port.parameter == "bias":
+                continue
+            yield port
+            if port.module in biased and port.parameter == "weight" and port.axis == 0:
+                yield dataclasses.replace(port, parameter="bias")
+
+
+def _owner(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
+
+
+def _table(graph: SpaceGraph) -> Iterator[str]:
+    free = graph.free
+    yield (
+        f"{graph.model}: {len(graph.spaces)} channel spaces, {len(free)} free, "
+        f"{sum(space.channels for space in free)} channels in them"
+    )
+    width = max([len(space.name) for space in graph.spaces] + [5])
+    yield f"{'space':{width}}  channels  blocks  freedom    read by"
+    for space in graph.spaces:
+        readers = ", ".join(dict.fromkeys(port.module for port in space.consumers))
+        note = f"  [{space.reason}]" if space.reason else ""
+        yield (
+            f"{space.name:{width}}  {space.channels:8d}  {space.blocks:6d}  {space.freedom:9s}  "
+            f"{readers or '-'}{note}"
+        )
+    for note in graph.notes:
+        yield f"note: {note}"

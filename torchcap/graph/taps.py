@@ -1,0 +1,167 @@
+"""Where the features of teacher and student can be compared.
+
+Candidates are the values after the skip addition (and its activation) of every residual block; a
+layer from which no such place can be reached is tapped itself, after its norm and activation. A
+value can be compared where a hook sees it: as the output of a module, or as the input of one.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, fx, nn
+
+from torchcap.graph.rules import (
+    RULES,
+    Channels,
+    Opaque,
+    Rule,
+    Value,
+    addition,
+    batch_norm,
+    convolution,
+    find_rule,
+    linear,
+    pointwise,
+    unchanged,
+)
+from torchcap.graph.trace import Traced
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """A value of the graph, and the module call at which a hook sees it."""
+
+    name: str
+    module: str
+    call: int
+    side: Literal["output", "input"]
+    mutated: bool
+    value: Channels
+
+
+def find_sights(reading: Traced, values: Mapping[fx.Node, Value]) -> list[Sight]:
+    """Find the places to compare, in the order of the forward.
+
+    Args:
+        reading: the evaluation graph.
+        values: the abstract value of each of its nodes.
+    """
+    return _Search(reading, values).sights()
+
+
+class _Search:
+    def __init__(self, reading: Traced, values: Mapping[fx.Node, Value]) -> None:
+        self.reading = reading
+        self.values = values
+        self.nodes = list(reading.module.graph.nodes)
+        self.calls = self._call_indices()
+
+    def sights(self) -> list[Sight]:
+        residual = [self._settled(node) for node in self.nodes if self._joins(node)]
+        reaching = self._upstream(set(residual))
+        wanted = dict.fromkeys(residual)
+        for node in self.nodes:
+            if self._rule(node) in {convolution, linear} and node not in reaching:
+                source = node.args[0] if node.args else None
+                if isinstance(source, fx.Node) and isinstance(self.values[source], Channels):
+                    wanted[self._settled(node)] = None
+        order = {node: index for index, node in enumerate(self.nodes)}
+        found = (self._sight(node) for node in sorted(wanted, key=order.__getitem__))
+        return [sight for sight in found if sight is not None]
+
+    def _rule(self, node: fx.Node) -> Rule | None:
+        return find_rule(node, self._module(node), RULES)
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        if node.op != "call_module":
+            return None
+        return self.reading.module.get_submodule(str(node.target))
+
+    def _joins(self, node: fx.Node) -> bool:
+        """Whether a node adds two feature maps of one shape: the end of a residual block."""
+        if self._rule(node) is not addition or len(node.args) < 2:
+            return False
+        sides = [self.values.get(arg) for arg in node.args[:2] if isinstance(arg, fx.Node)]
+        tensors = [side for side in sides if isinstance(side, Channels | Opaque)]
+        shapes = {side.shape for side in tensors}
+        followed = any(isinstance(side, Channels) for side in tensors)
+        return len(tensors) == 2 and followed and len(shapes) == 1 and len(shapes.pop()) > 2
+
+    def _settled(self, node: fx.Node) -> fx.Node:
+        """Follow a value through the norm and activation that alone read it."""
+        while len(node.users) == 1:
+            (user,) = node.users
+            if self._rule(user) not in {pointwise, unchanged, batch_norm}:
+                break
+            node = user
+        return node
+
+    def _upstream(self, targets: set[fx.Node]) -> set[fx.Node]:
+        reaching = set(targets)
+        for node in reversed(self.nodes):
+            if any(user in reaching for user in node.users):
+                reaching.add(node)
+        return reaching
+
+    def _sight(self, node: fx.Node, steps: int = 4) -> Sight | None:
+        value = self.values[node]
+        if not isinstance(value, Channels):
+            # Option A: the sum itself is opaque to the rules where a side of it is.
+            value = self._summand(node)
+        if value is None:
+            return None
+        for place in self._places(node):
+            return Sight(node.name, *place, self._mutated(node), value)
+        if steps and len(node.users) == 1:
+            return self._sight(next(iter(node.users)), steps - 1)
+        return None
+
+    def _summand(self, node: fx.Node) -> Channels | None:
+        shape = node.meta.get("val")
+        while self._rule(node) in {pointwise, unchanged, batch_norm}:
+            source = node.args[0] if node.args else None
+            if not isinstance(source, fx.Node):
+                return None
+            node = source
+        for arg in node.args:
+            value = self.values.get(arg) if isinstance(arg, fx.Node) else None
+            if isinstance(value, Channels) and isinstance(shape, Tensor):
+                return value if value.shape == tuple(shape.shape) else None
+        return None
+
+    def _places(self, node: fx.Node) -> Iterator[tuple[str, int, Literal["output", "input"]]]:
+        if node in self.calls:
+            yield str(node.target), self.calls[node], "output"
+        for path, call in self.reading.outputs.get(node, ()):
+            if path:
+                yield path, call, "output"
+        for user in node.users:
+            if user in self.calls and user.args and user.args[0] is node:
+                yield str(user.target), self.calls[user], "input"
+
+    def _call_indices(self) -> dict[fx.Node, int]:
+        seen: Counter[str] = Counter()
+        indices = {}
+        for node in self.nodes:
+            if node.op == "call_module":
+                indices[node] = seen[str(node.target)]
+                seen[str(node.target)] += 1
+        return indices
+
+    def _mutated(self, node: fx.Node) -> bool:
+        """Whether an operator behind the value writes into it."""
+        return any(self._writes(user) for user in node.users)
+
+    def _writes(self, user: fx.Node) -> bool:
+        if user.op == "call_module":
+            module = self._module(user)
+            return any(getattr(m, "inplace", False) for m in (module, getattr(module, "act", None)))
+        if user.op == "call_method":
+            return str(user.target).endswith("_")
+        inplace = {operator.iadd, operator.imul, operator.isub, operator.itruediv}
+        return user.target in inplace or bool(user.kwargs.get("inplace"))

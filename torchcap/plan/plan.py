@@ -1,0 +1,216 @@
+"""The plan: how many channels every space keeps. Plain data: print it, edit it, save it, apply it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import isfinite
+from types import MappingProxyType
+from typing import Any
+
+from torchcap.errors import NothingToCompressError, PlanError
+from torchcap.graph.spaces import ChannelSpace, SpaceGraph
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What happens to one space: ``rank`` of its ``channels`` are kept."""
+
+    channels: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Space name -> rank, for one model. Spaces that are not named stay as they are.
+
+    Attributes:
+        choices: the channels that each named space has, and the rank that it keeps.
+        model: name of the model's class, for messages.
+    """
+
+    choices: Mapping[str, Choice]
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        for name, choice in self.choices.items():
+            if not isinstance(choice.rank, int) or not 1 <= choice.rank <= choice.channels:
+                raise PlanError(
+                    f"space {name!r} has {choice.channels} channels, so its rank must be an "
+                    f"integer within 1..{choice.channels}; got {choice.rank!r}"
+                )
+        object.__setattr__(self, "choices", MappingProxyType(dict(self.choices)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).from_dict, (self.to_dict(),)
+
+    @classmethod
+    def uniform(
+        cls,
+        graph: SpaceGraph,
+        ratio: float | Mapping[str, float] = 0.5,
+        *,
+        multiple_of: int = 1,
+    ) -> Plan:
+        """Keep the same share of channels in every free space, or a share by name.
+
+        Args:
+            graph: what :func:`torchcap.analyze` found.
+            ratio: share of the channels *kept*, ``0 < ratio <= 1``; or a mapping of space name to
+                share, where spaces that are not named stay as they are.
+            multiple_of: ranks are rounded up to a multiple of this, as far as the space has
+                channels.
+
+        Raises:
+            PlanError: for a ratio outside of (0, 1] or an unknown or fixed space.
+            NothingToCompressError: if the model has no free space.
+        """
+        if not graph.free:
+            raise NothingToCompressError(_nothing(graph))
+        shares = ratio if isinstance(ratio, Mapping) else {s.name: ratio for s in graph.free}
+        choices = {}
+        for name, share in shares.items():
+            space = _find(graph, name)
+            _check_ratio(share, name)
+            rank = _rank(space, share, multiple_of)
+            choices[name] = Choice(space.channels, rank)
+        return cls(choices, graph.model)
+
+    @classmethod
+    def of(cls, graph: SpaceGraph, ranks: Mapping[str, int]) -> Plan:
+        """Make a plan from space name -> rank.
+
+        Raises:
+            PlanError: for an unknown or fixed space, or a rank that it cannot have.
+        """
+        choices = {name: Choice(_find(graph, name).channels, rank) for name, rank in ranks.items()}
+        plan = cls(choices, graph.model)
+        plan.check(graph)
+        return plan
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Space name -> rank."""
+        return {name: choice.rank for name, choice in self.choices.items()}
+
+    def check(self, graph: SpaceGraph) -> None:
+        """Raise a :class:`PlanError` if this plan does not fit the spaces of ``graph``."""
+        for name, choice in self.choices.items():
+            space = _find(graph, name)
+            if space.channels != choice.channels:
+                raise PlanError(
+                    f"the plan was made for another model: space {name!r} has {space.channels} "
+                    f"channels in this {graph.model!r}, {choice.channels} in the plan"
+                    f"{f' (for {self.model!r})' if self.model else ''}; make a plan from "
+                    "analyze() of this model"
+                )
+            if choice.rank % space.blocks:
+                raise PlanError(
+                    f"space {name!r} has {space.blocks} blocks of equal width, so its rank must be "
+                    f"a multiple of {space.blocks}; got {choice.rank}"
+                )
+        if not self.choices:
+            raise PlanError("the plan names no space; give at least one, or use ratio=")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain dictionaries, for JSON."""
+        spaces = {n: {"channels": c.channels, "rank": c.rank} for n, c in self.choices.items()}
+        return {"format": "torchcap-plan", "version": 1, "model": self.model, "spaces": spaces}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Make a plan from what :meth:`to_dict` returned.
+
+        Raises:
+            PlanError: if the dictionary is not a plan of a version that this library knows.
+        """
+        if data.get("format") != "torchcap-plan" or data.get("version") != 1:
+            raise PlanError(
+                f"not a plan: format {data.get('format')!r} version {data.get('version')!r}, "
+                "expected 'torchcap-plan' version 1"
+            )
+        try:
+            choices = {
+                str(name): Choice(entry["channels"], entry["rank"])
+                for name, entry in data["spaces"].items()
+            }
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PlanError(
+                'a plan maps each space to {"channels": …, "rank": …}; ' f"could not read {error}"
+            ) from error
+        return cls(choices, str(data.get("model", "")))
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Make a plan from JSON text.
+
+        Raises:
+            PlanError: if the text is not JSON, or not a plan.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"not a plan: the text is not JSON ({error})") from error
+        if not isinstance(data, Mapping):
+            raise PlanError(f"not a plan: expected a JSON object, got {type(data).__name__}")
+        return cls.from_dict(data)
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        kept = sum(choice.rank for choice in self.choices.values())
+        total = sum(choice.channels for choice in self.choices.values())
+        yield f"plan for {self.model or 'a model'}: {kept} of {total} channels kept"
+        width = max([len(name) for name in self.choices] + [5])
+        yield f"{'space':{width}}  channels  rank   kept"
+        for name, choice in self.choices.items():
+            share = choice.rank / choice.channels
+            yield f"{name:{width}}  {choice.channels:8d}  {choice.rank:4d}  {share:5.0%}"
+
+
+def _find(graph: SpaceGraph, name: str) -> ChannelSpace:
+    try:
+        space = graph[name]
+    except KeyError:
+        close = difflib.get_close_matches(str(name), [s.name for s in graph.free], n=3)
+        hint = f"did you mean {', '.join(map(repr, close))}?" if close else "see print(analyze(model))"
+        raise PlanError(f"{graph.model!r} has no channel space {name!r}; {hint}") from None
+    if not space.free:
+        raise PlanError(
+            f"space {name!r} of {graph.model!r} is fixed ({space.reason}); leave it out of the plan"
+        )
+    return space
+
+
+def _check_ratio(ratio: float, name: str) -> None:
+    number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
+    if not number or not isfinite(ratio) or not 0 < ratio <= 1:
+        raise PlanError(
+            f"ratio is the share of channels that are kept, 0 < ratio <= 1; got {ratio!r} "
+            f"for space {name!r}"
+        )
+
+
+def _rank(space: ChannelSpace, ratio: float, multiple_of: int) -> int:
+    width = space.channels // space.blocks
+    rank = max(1, round(ratio * width))
+    # Each block is rounded by itself; one block of an ordinary space is all of its channels.
+    rank = -(-rank // multiple_of) * multiple_of if space.blocks == 1 else rank
+    return min(rank, width) * space.blocks
+
+
+def _nothing(graph: SpaceGraph) -> str:
+    reasons = [f"  {space.name}: {space.reason}" for space in graph.spaces[:20]]
+    more = [f"  … and {len(graph.spaces) - 20} more"] if len(graph.spaces) > 20 else []
+    found = "\n".join([*reasons, *more, *(f"  {note}" for note in graph.notes)])
+    return (
+        f"{graph.model!r} has no channel space that can be compressed:\n{found or '  no layer found'}\n"
+        "An operator that torchcap does not know can be taught: analyze(model, rules={...})"
+    )

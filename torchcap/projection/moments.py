@@ -1,0 +1,279 @@
+"""Streaming second moments of features, and the rows of features that a layer reads.
+
+A layer that mixes channels multiplies its weight with *rows*: input vectors of a linear layer,
+input patches of a convolution. All that a quadratic measure of its output's error needs to know
+about the data is the second moment of these rows, ``H = E[x xᵀ]``, which has a fixed size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final, TypeGuard
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.layers.conv2d_same import Conv2dSame, Conv2dSameExport
+from torch import Tensor, nn
+
+from torchcap.errors import DataError
+
+_ELEMENTS_AT_ONCE: Final = 2**22  # of rows converted to float64: 32 MiB
+_COLUMNS_AT_ONCE: Final = 256
+
+_Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+class SecondMoments:
+    """Uncentred second moments of rows that arrive in batches, in memory that does not grow.
+
+    The sums are in float64, and so are the products: autocast and TF32, which leave three digits,
+    do not touch float64. Only one triangle of the symmetric matrix is computed, so that the cost
+    on a CPU is about that of a full product in float32.
+
+    Args:
+        features: length of a row.
+        device: where the sums live; rows are moved there. It has to know float64.
+
+    Raises:
+        ValueError: if ``features`` is not positive.
+
+    Examples:
+        >>> moments = SecondMoments(2)
+        >>> moments.update(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+        >>> moments.second_moment
+        tensor([[5., 1.],
+                [1., 2.]], dtype=torch.float64)
+    """
+
+    def __init__(self, features: int, *, device: torch.device | str | None = None) -> None:
+        if features < 1:
+            raise ValueError(f"rows must have at least 1 feature; got features={features}")
+        self.features = features
+        self._count = 0
+        self._total = torch.zeros(features, dtype=torch.float64, device=device)
+        # Holds the upper triangle; what lies below it is not kept up.
+        self._products = torch.zeros(features, features, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def update(self, rows: Tensor) -> None:
+        """Add a batch of rows; on an error nothing is added.
+
+        Args:
+            rows: shape ``(n, features)``, of any dtype and device.
+
+        Raises:
+            ValueError: if the rows have another width.
+            DataError: if they hold NaN or infinity.
+        """
+        if rows.ndim != 2 or rows.shape[1] != self.features:
+            raise ValueError(
+                f"expected rows of shape (n, {self.features}); got {tuple(rows.shape)}. "
+                "Flatten leading dimensions, or use one SecondMoments for each width"
+            )
+        chunks = torch.split(rows, max(1, _ELEMENTS_AT_ONCE // self.features))
+        total = torch.zeros_like(self._total)
+        for chunk in chunks:
+            total += chunk.to(self._total).sum(0)
+        if not bool(total.isfinite().all()):
+            raise DataError(_describe_non_finite(rows))
+        for chunk in chunks:
+            _add_upper_products_(self._products, chunk.to(self._products))
+        self._total += total
+        self._count += len(rows)
+
+    def merge(self, other: SecondMoments) -> None:
+        """Add the rows that another accumulator has seen; the other stays as it is.
+
+        Raises:
+            ValueError: if the other's rows have another width.
+        """
+        if other.features != self.features:
+            raise ValueError(
+                f"cannot merge moments of rows of {other.features} features "
+                f"into moments of rows of {self.features} features"
+            )
+        self._count += other._count
+        self._total += other._total.to(self._total)
+        self._products += other._products.to(self._products)
+
+    def reduce(self) -> None:
+        """Sum over all processes of ``torch.distributed``, in place; call it once, at the end.
+
+        Afterwards every process holds the moments of everybody's rows, so that a second call would
+        count them again. Without an initialised process group nothing happens.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        count = self._total.new_tensor([self._count])
+        for tensor in (count, self._total, self._products):
+            _all_reduce_(tensor)
+        self._count = round(count.item())
+
+    @property
+    def count(self) -> int:
+        """Number of rows seen."""
+        return self._count
+
+    @property
+    def mean(self) -> Tensor:
+        """``E[x]``, shape ``(features,)``, float64."""
+        return self._total / self._seen()
+
+    @property
+    def second_moment(self) -> Tensor:
+        """``E[x xᵀ]``, shape ``(features, features)``, float64, exactly symmetric."""
+        upper = self._products.triu()
+        return (upper + upper.triu(1).mT) / self._seen()
+
+    @property
+    def covariance(self) -> Tensor:
+        """``E[x xᵀ] − E[x] E[x]ᵀ``, shape ``(features, features)``, float64."""
+        return self.second_moment - self.mean.outer(self.mean)
+
+    def _seen(self) -> int:
+        if self._count == 0:
+            raise DataError(
+                f"no rows of {self.features} features were seen, so they have no moments. "
+                "Call update() first; is the data empty?"
+            )
+        return self._count
+
+
+@torch.no_grad()
+def input_patches(
+    layer: nn.Module,
+    x: Tensor,
+    *,
+    max_rows: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return the rows of the input that a layer multiplies with its weight.
+
+    Features are channel-major: the channel changes slowest, the tap of the kernel fastest. So
+    ``rows @ layer.weight.reshape(groups, out // groups, -1).mT``, plus the bias, is what the
+    layer puts out. Rows are ordered by image, then by output position, like
+    ``layer(x).movedim(1, -1).reshape(-1, out)`` for a convolution.
+
+    Args:
+        layer: ``nn.Linear`` or ``nn.Conv1d``, ``2d``, ``3d``, with any stride, dilation, groups,
+            padding and padding mode; timm's convolutions with TensorFlow's 'same' padding too.
+        x: input of the layer, with or without batch dimension.
+        max_rows: if there are more output positions, this many of them are drawn without
+            replacement, and only their patches are ever made. They keep their order.
+        generator: source of the draw. Generators in the same state draw the same positions from
+            inputs with as many positions.
+
+    Returns:
+        Shape ``(groups, rows, in_channels // groups * taps)``, dtype and device of ``x``, detached.
+
+    Raises:
+        ValueError: if ``x`` does not fit the layer, or ``max_rows`` is not positive.
+        TypeError: if the layer is of another kind.
+    """
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows must be at least 1; got {max_rows}")
+    if isinstance(layer, nn.Linear):
+        if x.ndim == 0 or x.shape[-1] != layer.in_features:
+            raise ValueError(
+                f"{_describe(layer)} reads {layer.in_features} features in its last dimension; "
+                f"got an input of shape {tuple(x.shape)}"
+            )
+        windows, groups, leading = x, 1, x.ndim - 1
+    elif _is_conv(layer):
+        windows, groups, leading = _windows(layer, x), layer.groups, len(layer.kernel_size) + 1
+    else:
+        raise TypeError(
+            f"{_describe(layer)} has no input patches here; expected nn.Linear, nn.Conv1d, "
+            "nn.Conv2d, nn.Conv3d or a subclass of them"
+        )
+    positions, fan_in = windows.shape[:leading], windows.shape[leading:]
+    count = math.prod(positions)
+    if max_rows is not None and max_rows < count:
+        drawn = _draw(count, max_rows, generator).to(x.device)
+        windows = windows[torch.unravel_index(drawn, positions)]
+        count = max_rows
+    return windows.reshape(count, groups, math.prod(fan_in) // groups).transpose(0, 1)
+
+
+def _windows(layer: _Conv, x: Tensor) -> Tensor:
+    """Return a view of the padded input, ``(images, *positions, in_channels, *kernel_size)``."""
+    axes = len(layer.kernel_size)
+    if x.ndim == axes + 1:
+        x = x.unsqueeze(0)
+    if x.ndim != axes + 2 or x.shape[1] != layer.in_channels:
+        raise ValueError(
+            f"{_describe(layer)} reads {layer.in_channels} channels, in an input of {axes + 1} "
+            f"or {axes + 2} dimensions; got an input of shape {tuple(x.shape)}"
+        )
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    # F.pad wants the last axis first.
+    amounts = [amount for pair in reversed(_padding(layer, x.shape[2:])) for amount in pair]
+    if any(amounts):
+        x = F.pad(x, amounts, mode=mode)
+    for axis, (size, stride, dilation) in enumerate(
+        zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=2
+    ):
+        x = x.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    return x.movedim(1, axes + 1)
+
+
+def _padding(layer: _Conv, sizes: torch.Size) -> list[tuple[int, int]]:
+    """Return the padding before and after, for each spatial axis."""
+    reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    if _pads_dynamically(layer):
+        # TensorFlow's rule: as many positions as there are strides in the input, rounded up.
+        missing = [
+            max((math.ceil(size / stride) - 1) * stride + r + 1 - size, 0)
+            for size, stride, r in zip(sizes, layer.stride, reach, strict=True)
+        ]
+    elif layer.padding == "same":
+        missing = reach
+    elif layer.padding == "valid":
+        missing = [0] * len(reach)
+    else:
+        return [(int(amount), int(amount)) for amount in layer.padding]
+    return [(amount // 2, amount - amount // 2) for amount in missing]
+
+
+def _pads_dynamically(layer: _Conv) -> bool:
+    # timm's weight-standardised convolutions carry a flag, since some of them pad statically.
+    return isinstance(layer, Conv2dSame | Conv2dSameExport) or getattr(layer, "same_pad", False)
+
+
+def _is_conv(layer: nn.Module) -> TypeGuard[_Conv]:
+    return isinstance(layer, _Conv)
+
+
+def _draw(count: int, size: int, generator: torch.Generator | None) -> Tensor:
+    device = None if generator is None else generator.device
+    return torch.randperm(count, generator=generator, device=device)[:size].sort().values
+
+
+def _add_upper_products_(products: Tensor, rows: Tensor) -> None:
+    for start in range(0, rows.shape[1], _COLUMNS_AT_ONCE):
+        stop = start + _COLUMNS_AT_ONCE
+        products[start:stop, start:].addmm_(rows[:, start:stop].mT, rows[:, start:])
+
+
+def _all_reduce_(tensor: Tensor) -> None:
+    if dist.get_backend() == "nccl" and not tensor.is_cuda:  # NCCL moves device memory only
+        moved = tensor.to(torch.device("cuda", torch.cuda.current_device()))
+        dist.all_reduce(moved)
+        tensor.copy_(moved)
+    else:
+        dist.all_reduce(tensor)
+
+
+def _describe_non_finite(rows: Tensor) -> str:
+    bad = (~rows.isfinite()).any(dim=1).nonzero()
+    if len(bad) == 0:
+        return f"the sum of {len(rows)} rows is beyond float64; rescale the features"
+    return (
+        f"{len(bad)} of {len(rows)} rows hold NaN or infinity, the first of them row "
+        f"{int(bad[0])}; expected finite features. Check the data and the layers before"
+    )
+
+
+def _describe(layer: nn.Module) -> str:
+    return type(layer).__name__

@@ -1,0 +1,1 @@
+"""Learning: the teacher beside the student, and the losses between them."""

@@ -1,0 +1,209 @@
+"""The teacher beside the student: features are compared where the graph has found taps.
+
+In training mode a forward of the student first runs the teacher on the same input, without
+gradients and with frozen statistics, and keeps its features at the taps. While the student's own
+forward reaches the taps, each pair is compared and the teacher's half is let go. In evaluation mode
+nothing of this runs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from torchcap.errors import StudentError
+from torchcap.graph.spaces import Tap
+from torchcap.projection.maps import Projection
+from torchcap.projection.parametrizations import Segment, lift_segments
+from torchcap.transform.student import Attachment, Student
+
+
+class TeacherPass(Attachment):
+    """Runs the teacher in the student's forward and sums the reconstruction loss.
+
+    Args:
+        teacher: the model that the student came from. It is not changed: a copy is run, whose
+            tensors share the teacher's memory.
+        taps: where to compare.
+        student: the state of the student, whose projections lift its features.
+
+    Attributes:
+        loss: of the last training-mode forward; None before it.
+        output: what the teacher put out in it.
+    """
+
+    def __init__(self, teacher: nn.Module, taps: Sequence[Tap], student: Student) -> None:
+        self.taps = tuple(taps)
+        self.teacher = _shadow(teacher)
+        self.segments = tuple(_segments(tap, student) for tap in taps)
+        self.loss: Tensor | None = None
+        self.output: Any = None
+        self._features: dict[int, Tensor] = {}
+        self._energies: list[Tensor] = []
+        self._terms: list[Tensor] = []
+        self._probes: list[_Probe] = []
+        for index, tap in enumerate(self.taps):
+            probe = _Probe(self._keep_feature, index, tap)
+            probe.attach(self.teacher)
+            self._probes.append(probe)
+
+    def attach(self, model: nn.Module) -> None:
+        """Hang the teacher and the taps on the root of a student."""
+        model.register_forward_pre_hook(self.before_forward, with_kwargs=True)
+        model.register_forward_hook(self.after_forward, always_call=True)
+        for index, tap in enumerate(self.taps):
+            probe = _Probe(self._compare, index, tap)
+            probe.attach(model)
+            self._probes.append(probe)
+
+    def before_forward(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Run the teacher, if the student is in training mode."""
+        self._clear()
+        if not model.training:
+            return
+        self._follow(model)
+        for probe in self._probes:
+            probe.start()
+        with torch.no_grad():
+            self.output = self.teacher(*args, **kwargs)
+            self._energies = self._reduced_energies()
+
+    def after_forward(self, model: nn.Module, _: Any, output: Any) -> None:
+        """Sum up the terms; after an error, or in evaluation mode, there are none."""
+        if model.training and output is not None and self._energies:
+            if not self._terms:
+                raise StudentError(
+                    f"the forward of {type(model).__name__!r} reached none of its "
+                    f"{len(self.taps)} taps, the first at {self.taps[0].module!r}; it takes "
+                    "another path in training mode than in the evaluation mode that was read"
+                )
+            self.loss = torch.stack(self._terms).sum()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._features, self._energies, self._terms = {}, [], []
+        for probe in self._probes:
+            probe.stop()
+
+    def _follow(self, model: nn.Module) -> None:
+        """Bring the teacher to the student's device and dtype, should the student have moved."""
+        mine = next(self.teacher.parameters())
+        theirs = next(p for n, p in model.named_parameters() if not n.endswith(".proxy"))
+        if (mine.device, mine.dtype) != (theirs.device, theirs.dtype):
+            self.teacher.to(device=theirs.device, dtype=theirs.dtype)
+
+    def _keep_feature(self, index: int, feature: Tensor) -> None:
+        mutated = self.taps[index].mutated
+        self._features[index] = feature.clone() if mutated else feature
+
+    def _reduced_energies(self) -> list[Tensor]:
+        """Return ``‖I‖²`` of every tap over the whole batch, that of other processes included.
+
+        Scaled so that the mean of the processes' losses, which is what DistributedDataParallel
+        trains on, is the loss of the whole batch.
+        """
+        features = self._features
+        if not features:
+            return []
+        energies = {index: _squared_norm(feature) for index, feature in features.items()}
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            total = torch.stack(list(energies.values()))
+            dist.all_reduce(total)
+            total /= dist.get_world_size()
+            energies = dict(zip(energies, total.unbind(), strict=True))
+        tiny = torch.finfo(torch.float32).tiny
+        return [energies[i].clamp_min(tiny) if i in energies else None for i in range(len(self.taps))]  # type: ignore[misc]
+
+    def _compare(self, index: int, feature: Tensor) -> None:
+        """Add the normalised error of the student's feature at one tap."""
+        expected = self._features.pop(index, None)
+        if expected is None:
+            return
+        dim, segments = self.taps[index].dim, self.segments[index]
+        if segments is not None:
+            # The student's channels are fewer here: compare in the teacher's coordinates.
+            with torch.autocast(feature.device.type, enabled=False):
+                feature = lift_segments(feature.movedim(dim, 0).flatten(1), segments)
+            expected = expected.movedim(dim, 0).flatten(1)
+        error = _squared_norm(_at_least_float(feature) - _at_least_float(expected))
+        self._terms.append(error / self._energies[index])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What a forward leaves behind does not survive a copy: non-leaf tensors cannot.
+        passing = {"loss": None, "output": None, "_features": {}, "_energies": [], "_terms": []}
+        return {**self.__dict__, **passing}
+
+
+class _Probe(Attachment):
+    """Looks at one value during a forward: the n-th output, or input, of a module."""
+
+    def __init__(self, look: Any, index: int, tap: Tap) -> None:
+        self.look, self.index, self.tap = look, index, tap
+        self.calls: int | None = None
+
+    def attach(self, model: nn.Module) -> None:
+        module = model.get_submodule(self.tap.module)
+        if self.tap.side == "output":
+            module.register_forward_hook(self.see_output)
+        else:
+            module.register_forward_pre_hook(self.see_input)
+
+    def start(self) -> None:
+        self.calls = 0
+
+    def stop(self) -> None:
+        self.calls = None
+
+    def see_output(self, _: nn.Module, args: Any, output: Any) -> None:
+        self._count(output)
+
+    def see_input(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self._count(args[0] if args else None)
+
+    def _count(self, value: Any) -> None:
+        if self.calls is None:
+            return
+        if self.calls == self.tap.call and isinstance(value, Tensor):
+            self.look(self.index, value)
+        self.calls += 1
+
+
+def _shadow(teacher: nn.Module) -> nn.Module:
+    """Copy a model's structure, with tensors that share the memory of the original's."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=False) for p in teacher.parameters()
+    }
+    memo.update({id(b): b.detach() for b in teacher.buffers()})
+    return copy.deepcopy(teacher, memo).eval()
+
+
+def _segments(tap: Tap, student: Student) -> tuple[Segment, ...] | None:
+    """Return how the student's channels at a tap lift to the teacher's; None where none are cut."""
+    segments = []
+    for stretch in tap.layout:
+        length = stretch.channels * stretch.repeat
+        projection: Projection | None = student.projections.get(stretch.space or "")
+        if projection is None:
+            segments.append(Segment(length))
+            continue
+        width = projection.channels // projection.blocks
+        first, blocks = stretch.start // width, stretch.channels // width
+        segments.append(Segment(length, projection, first, blocks, stretch.repeat))
+    cut = any(segment.projection is not None for segment in segments)
+    return tuple(segments) if cut else None
+
+
+def _at_least_float(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _squared_norm(x: Tensor) -> Tensor:
+    flat = _at_least_float(x).flatten()
+    return torch.dot(flat, flat)

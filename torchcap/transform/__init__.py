@@ -1,0 +1,1 @@
+"""Changing: the only place that builds and rewrites models."""

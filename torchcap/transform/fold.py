@@ -1,0 +1,107 @@
+"""Folding: batch norms and weight standardisation become part of the layer they act on.
+
+Between a convolution and its reader then stands one pointwise function, the same for all channels,
+and a projection may mix them. Statistics are those of evaluation mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Conv2dSame
+from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame
+from torch import Tensor, nn
+
+from torchcap.graph.rules import STANDARDIZED
+from torchcap.graph.spaces import Fold
+
+
+@torch.no_grad()
+def fold_(model: nn.Module, folds: Sequence[Fold]) -> None:
+    """Fold norms into layers, in place, computing in float64.
+
+    A folded ``BatchNorm2d`` leaves an ``nn.Identity`` behind, timm's ``BatchNormAct2d`` its
+    activation; a weight-standardised convolution becomes a plain one.
+    """
+    for fold in folds:
+        layer = model.get_submodule(fold.layer)
+        if isinstance(layer, STANDARDIZED):
+            layer = _plain_convolution(layer)
+            _replace(model, fold.layer, layer)
+        if fold.norm is not None:
+            norm = model.get_submodule(fold.norm)
+            _absorb(layer, norm)
+            _replace(model, fold.norm, _remainder(norm))
+
+
+def _absorb(layer: nn.Module, norm: nn.Module) -> None:
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, nn.Parameter)  # noqa: S101 - the reading has checked it
+    scale = torch.rsqrt(_tensor(norm, "running_var", 1.0, weight) + float(norm.eps))  # type: ignore[arg-type]
+    scale = scale * _tensor(norm, "weight", 1.0, weight)
+    shift = _tensor(norm, "bias", 0.0, weight) - _tensor(norm, "running_mean", 0.0, weight) * scale
+    if isinstance(bias, Tensor):
+        shift = shift + bias.double() * scale
+    wide = scale.reshape(-1, *(1 for _ in weight.shape[1:]))
+    layer.weight = _like(weight, weight.double() * wide)
+    layer.bias = _like(weight, shift)
+
+
+def _tensor(norm: nn.Module, name: str, default: float, like: Tensor) -> Tensor:
+    value = getattr(norm, name, None)
+    if isinstance(value, Tensor):
+        return value.detach().double()
+    return torch.full(like.shape[:1], default, dtype=torch.float64, device=like.device)
+
+
+def _like(old: nn.Parameter, value: Tensor) -> nn.Parameter:
+    """Return a parameter of the old one's dtype, strides and ``requires_grad``."""
+    new = torch.empty_like(old) if value.shape == old.shape else old.new_empty(value.shape)
+    return nn.Parameter(new.copy_(value), requires_grad=old.requires_grad)
+
+
+def _remainder(norm: nn.Module) -> nn.Module:
+    """Return what a norm still does once its affine map is gone: timm's norms hold an activation."""
+    parts = [getattr(norm, name, None) for name in ("drop", "act")]
+    kept = [p for p in parts if isinstance(p, nn.Module) and not isinstance(p, nn.Identity)]
+    rest = nn.Identity() if not kept else kept[0] if len(kept) == 1 else nn.Sequential(*kept)
+    return rest.train(norm.training)
+
+
+def _plain_convolution(layer: nn.Module) -> nn.Conv2d:
+    assert isinstance(layer, nn.Conv2d)  # noqa: S101 - the reading has checked it
+    gain = None
+    if isinstance(layer, ScaledStdConv2d | ScaledStdConv2dSame):
+        gain = (layer.gain.double() * layer.scale).flatten()
+    weight = F.batch_norm(
+        layer.weight.double().reshape(1, layer.out_channels, -1),
+        None,
+        None,
+        weight=gain,
+        training=True,
+        momentum=0.0,
+        eps=float(layer.eps),  # type: ignore[arg-type]
+    ).reshape(layer.weight.shape)
+    kind = Conv2dSame if getattr(layer, "same_pad", False) else nn.Conv2d
+    plain = kind(
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,  # type: ignore[arg-type]
+        stride=layer.stride,  # type: ignore[arg-type]
+        padding=layer.padding,  # type: ignore[arg-type]
+        dilation=layer.dilation,  # type: ignore[arg-type]
+        groups=layer.groups,
+        bias=layer.bias is not None,
+        device="meta",
+    )
+    plain.weight = _like(layer.weight, weight)
+    plain.bias = layer.bias
+    plain.train(layer.training)
+    return plain
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    model.get_submodule(parent)._modules[name] = module

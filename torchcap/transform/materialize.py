@@ -1,0 +1,147 @@
+"""``materialize()``: from a prepared model to plain, smaller layers."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from torchcap.projection.maps import shared_bases
+from torchcap.projection.parametrizations import ProjectAxis
+from torchcap.transform.student import Attachment, Student, attachments, student_of, unwrapped
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@torch.no_grad()
+def materialize(student: M) -> M:
+    """Return a new model with plain, smaller layers that computes what the student computes.
+
+    The student is not changed and can train on. The result is an instance of the user's class (of
+    a ``GraphModule`` a ``GraphModule``, with the nodes of folded norms erased), in the student's
+    mode; equal to the student in evaluation mode up to rounding. Nothing of torchcap is left in
+    it. Its parameters are trainable where those of the original model were.
+
+    Args:
+        student: what :func:`torchcap.prepare` returned.
+
+    Raises:
+        StudentError: if the model is not a prepared one.
+
+    References:
+        Minnehan & Savakis, "Cascaded Projection", CVPR 2019, sec. 3.3, eq. 8: the projections on
+        both sides of a layer become part of its kernel, and no reprojection layer is left.
+    """
+    root = unwrapped(student)
+    state = student_of(root)
+    memo: dict[int, Any] = {}
+    hung = {id(a): a for module in root.modules() for a in attachments(module)}
+    # A stand-in for each attachment, so that copying does not copy a teacher along.
+    stand_ins = {key: object() for key in hung}
+    memo.update(stand_ins)
+    with shared_bases(list(state.projections.values())):
+        for module in root.modules():
+            if _is_projected(module):
+                memo[id(module)] = _plain_layer(module, memo)
+    small = copy.deepcopy(root, memo)
+    for module in small.modules():
+        _strip(module, set(map(id, stand_ins.values())))
+    _restore_flags_(small, state)
+    if isinstance(small, fx.GraphModule):
+        _erase_identities_(small, [f.norm for f in state.folds if f.norm is not None])
+    return small  # type: ignore[return-value]
+
+
+def _is_projected(module: nn.Module) -> bool:
+    return parametrize.is_parametrized(module) and any(
+        isinstance(parametrization, ProjectAxis)
+        for chain in module.parametrizations.values()  # type: ignore[union-attr, operator]
+        for parametrization in chain
+    )
+
+
+def _plain_layer(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Return a layer of the class that ``module`` had, holding the projected tensors.
+
+    Deep-copying a parametrized module would share the class that was injected into it, properties
+    and all; so the layer is put together from its parts.
+    """
+    projected = module.parametrizations  # type: ignore[union-attr]
+    plain = object.__new__(type(module).__bases__[0])
+    plain.__dict__.update(
+        {
+            name: copy.deepcopy(value, memo)
+            for name, value in module.__dict__.items()
+            if name not in {"_parameters", "_buffers", "_modules"}
+        }
+    )
+    children = [(n, child) for n, child in module._modules.items() if n != "parametrizations"]
+    plain._modules = {name: copy.deepcopy(child, memo) for name, child in children}
+    plain._parameters, plain._buffers = {}, {}
+    names = [*module._parameters, *module._buffers, *projected]  # type: ignore[misc]
+    for name in sorted(names, key=lambda name: name != "weight"):  # torch's order, weight first
+        if name in projected:  # type: ignore[operator]
+            original = projected[name].original  # type: ignore[index]
+            value: Tensor | None = _laid_out(getattr(module, name), original)
+            trained = isinstance(original, nn.Parameter)
+            value = nn.Parameter(value) if trained else value  # type: ignore[arg-type]
+        else:
+            value = copy.deepcopy(getattr(module, name), memo)
+            trained = name in module._parameters
+        (plain._parameters if trained else plain._buffers)[name] = value  # type: ignore[assignment]
+    return plain
+
+
+def _laid_out(tensor: Tensor, original: Tensor) -> Tensor:
+    """Return a copy with the memory format of the tensor that it was projected from."""
+    last = torch.channels_last
+    if original.dim() == 4 and original.is_contiguous(memory_format=last):
+        if not original.is_contiguous():
+            return tensor.detach().clone(memory_format=last)
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _strip(module: nn.Module, stand_ins: set[int]) -> None:
+    """Remove the hooks whose owner is a stand-in."""
+    gone = {
+        key
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        for key, hook in hooks.items()
+        if id(getattr(hook, "__self__", None)) in stand_ins
+    }
+    for name in _HOOKS:
+        hooks: OrderedDict[int, Any] = getattr(module, name)
+        for key in gone:
+            hooks.pop(key, None)
+
+
+def _restore_flags_(small: nn.Module, state: Student) -> None:
+    for name, parameter in small.named_parameters():
+        parameter.requires_grad_(state.trainable.get(name, True))
+
+
+def _erase_identities_(graph_module: fx.GraphModule, paths: Iterable[str]) -> None:
+    """Erase the nodes of folded norms that left nothing behind, and the modules with them."""
+    gone = {
+        path for path in paths if isinstance(graph_module.get_submodule(path), nn.Identity)
+    }
+    for node in graph_module.graph.find_nodes(op="call_module"):
+        if node.target in gone:
+            node.replace_all_uses_with(node.args[0])
+            graph_module.graph.erase_node(node)
+    graph_module.delete_all_unused_submodules()
+    graph_module.graph.lint()
+    graph_module.recompile()

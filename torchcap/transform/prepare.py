@@ -1,0 +1,168 @@
+"""Building the student: projections registered on every port of the planned spaces."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
+
+from torchcap.graph.spaces import ChannelSpace, Port, SpaceGraph
+from torchcap.plan.plan import Plan
+from torchcap.projection.maps import Projection, Selection, Stiefel
+from torchcap.projection.parametrizations import ProjectAxis, ProjectInput, ProjectOutput, Segment
+from torchcap.transform.student import Student
+
+
+@dataclass(frozen=True, slots=True)
+class _Axis:
+    module: str
+    parameter: str
+    axis: int
+    groups: int
+
+
+def project_(
+    model: nn.Module, graph: SpaceGraph, plan: Plan, bases: Mapping[str, Tensor]
+) -> Student:
+    """Register the projections of a plan on a folded model, in place, and freeze everything else.
+
+    Args:
+        model: a folded copy of the user's model.
+        graph: the channel spaces of the user's model, before folding.
+        plan: the ranks; it has been checked against the graph.
+        bases: space name -> where its ``P`` starts, ``(blocks, channels / blocks, rank / blocks)``.
+
+    Returns:
+        the state that has been attached to the model.
+    """
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.requires_grad_(requires_grad=False)
+    folded = graph.after_folding()
+    spaces = {name: folded[name] for name in plan.choices}
+    projections = {name: _projection(model, spaces[name], bases[name]) for name in spaces}
+    ports: dict[_Axis, list[tuple[Port, ChannelSpace]]] = {}
+    for space in spaces.values():
+        for port in space.ports:
+            key = _Axis(port.module, port.parameter, port.axis, port.groups)
+            ports.setdefault(key, []).append((port, space))
+    homeless = dict(projections)
+    features = _classifier_width(model)
+    for axis, found in sorted(ports.items(), key=lambda entry: entry[0].axis):
+        _register(model, axis, found, projections, homeless)
+    if features is not None:
+        _set_feature_sizes_(model, features, _classifier_width(model) or features)
+    norms = tuple(
+        module
+        for module in model.modules()
+        if isinstance(module, _NormBase) and module.track_running_stats
+    )
+    student = Student(folded, plan, projections, trainable, graph.folds, norms)
+    student.attach(model)
+    return student
+
+
+def _projection(model: nn.Module, space: ChannelSpace, basis: Tensor) -> Projection:
+    """Make the ``P`` of a space, in float32 at least, where its first producer lives."""
+    first = space.producers[0]
+    like = getattr(model.get_submodule(first.module), first.parameter)
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    kind = Selection if space.freedom == "selection" else Stiefel
+    return kind(basis.to(device=like.device, dtype=dtype))
+
+
+def _register(
+    model: nn.Module,
+    axis: _Axis,
+    found: list[tuple[Port, ChannelSpace]],
+    projections: Mapping[str, Projection],
+    homeless: dict[str, Projection],
+) -> None:
+    module = model.get_submodule(axis.module)
+    length = _stored(module, axis.parameter).shape[axis.axis] * axis.groups
+    segments = _segments(found, length, projections)
+    parametrization: ProjectAxis
+    if axis.axis == 1 and axis.parameter == "weight":
+        parametrization = ProjectInput(segments, groups=axis.groups)
+    else:
+        owned = [homeless.pop(space.name) for _, space in found if space.name in homeless]
+        parametrization = ProjectOutput(segments, owned=owned, axis=axis.axis)
+    parametrize.register_parametrization(module, axis.parameter, parametrization, unsafe=True)
+    _set_width_(module, axis.parameter, axis.axis, sum(segment.kept for segment in segments))
+
+
+def _stored(module: nn.Module, name: str) -> Tensor:
+    """Return a tensor of a layer as it is stored, without computing its parametrization."""
+    if parametrize.is_parametrized(module, name):
+        stored = module.parametrizations[name].original  # type: ignore[index, union-attr]
+    else:
+        stored = getattr(module, name)
+    assert isinstance(stored, Tensor)  # noqa: S101 - a port names a tensor
+    return stored
+
+
+def _segments(
+    found: list[tuple[Port, ChannelSpace]], length: int, projections: Mapping[str, Projection]
+) -> list[Segment]:
+    segments: list[Segment] = []
+    position = 0
+    for port, space in sorted(found, key=lambda entry: entry[0].offset):
+        if port.offset > position:
+            segments.append(Segment(port.offset - position))
+        width = space.channels // space.blocks
+        segments.append(
+            Segment(
+                port.channels * port.repeat,
+                projections[space.name],
+                port.start // width,
+                port.channels // width,
+                port.repeat,
+            )
+        )
+        position = port.offset + port.channels * port.repeat
+    if position < length:
+        segments.append(Segment(length - position))
+    return segments
+
+
+def _set_width_(module: nn.Module, parameter: str, axis: int, width: int) -> None:
+    """Set the size attributes of a layer after one axis of a parameter got a new width."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and parameter == "weight":
+        if axis == 1:
+            module.in_channels = width
+        elif module.groups == module.in_channels > 1:  # depthwise: the input shrinks along
+            module.in_channels = module.groups = width * module.in_channels // module.out_channels
+            module.out_channels = width
+        else:
+            module.out_channels = width
+    elif isinstance(module, nn.Linear) and parameter == "weight":
+        if axis == 1:
+            module.in_features = width
+        else:
+            module.out_features = width
+    elif isinstance(module, _NormBase):
+        module.num_features = width
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = width
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = (width,)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = width
+
+
+def _classifier_width(model: nn.Module) -> int | None:
+    getter = getattr(model, "get_classifier", None)
+    classifier = getter() if callable(getter) else None
+    return classifier.in_features if isinstance(classifier, nn.Linear) else None
+
+
+def _set_feature_sizes_(model: nn.Module, before: int, after: int) -> None:
+    """Set timm's ``num_features`` and the like, which ``reset_classifier`` builds its layer from."""
+    for name in ("num_features", "head_hidden_size"):
+        if getattr(model, name, None) == before:
+            with contextlib.suppress(AttributeError):  # a read-only property follows by itself
+                setattr(model, name, after)

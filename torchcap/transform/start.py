@@ -1,0 +1,252 @@
+"""Where training of the projections starts: the tensors around each space, given to an initializer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchcap.errors import DataError
+from torchcap.graph.spaces import ChannelSpace, Port, SpaceGraph
+from torchcap.plan.plan import Plan
+from torchcap.projection.initialize import Initializer, Readout, SpaceContext
+from torchcap.projection.moments import SecondMoments, input_patches
+
+FULL_MOMENT_FEATURES = 2304
+"""Largest patch whose moments are kept whole; taps of larger ones are treated one by one."""
+
+ROWS_PER_BATCH = 8192
+"""Output positions of a layer whose patches are looked at in one batch."""
+
+Batches = Iterable[Any]
+_Key = tuple[str, Port]
+
+
+@dataclass(slots=True)
+class _Reading:
+    """The moments of one consumer's stretch of one space."""
+
+    port: Port
+    taps: int
+    moments: SecondMoments
+    whole: bool
+
+    def update(self, patches: Tensor) -> None:
+        """Add patches of the whole layer, ``(groups, rows, width * kernel)``."""
+        groups, rows, features = patches.shape
+        kernel = self.taps // self.port.repeat
+        virtual = patches.transpose(0, 1).reshape(rows, groups * features)
+        start = self.port.offset * kernel
+        stretch = virtual[:, start : start + self.port.channels * self.taps]
+        if not self.whole:
+            by_tap = stretch.reshape(rows, self.port.channels, self.taps).transpose(1, 2)
+            stretch = by_tap.reshape(-1, self.port.channels)
+        self.moments.update(stretch)
+
+
+def bases_for(
+    model: nn.Module,
+    graph: SpaceGraph,
+    plan: Plan,
+    init: Initializer,
+    data: Batches | None = None,
+) -> dict[str, Tensor]:
+    """Choose a starting basis for every planned space. The model is not changed.
+
+    Args:
+        model: a folded model.
+        graph: its spaces, after folding.
+        plan: the ranks.
+        init: chooses one basis from what is around a space.
+        data: batches for the second moments; None if the initializer goes by weights alone.
+
+    Returns:
+        space name -> basis, ``(blocks, channels / blocks, rank / blocks)``.
+    """
+    spaces = [graph[name] for name in plan.choices]
+    moments = {} if data is None else _collect(model, spaces, data)
+    return {
+        space.name: init(_context(model, space, plan.ranks[space.name], moments))
+        for space in spaces
+    }
+
+
+def _context(
+    model: nn.Module, space: ChannelSpace, rank: int, moments: Mapping[_Key, _Reading]
+) -> SpaceContext:
+    producers = [
+        _embedded(_rows(model, port), port, space.channels)
+        for port in space.producers
+        if port.parameter == "weight"
+    ]
+    readings = [(port, moments.get((space.name, port))) for port in space.consumers]
+    return SpaceContext(
+        name=space.name,
+        channels=space.channels,
+        rank=rank,
+        blocks=space.blocks,
+        selection=space.freedom == "selection",
+        producers=tuple(producers),
+        readouts=tuple(_readout(model, space, port, reading) for port, reading in readings),
+        moment=_own_moment(space, [reading for _, reading in readings if reading is not None]),
+    )
+
+
+def _rows(model: nn.Module, port: Port) -> Tensor:
+    """Return what a port's layer holds for each of its channels, ``(channels, columns)``."""
+    weight = getattr(model.get_submodule(port.module), port.parameter).detach()
+    if port.groups > 1:
+        # Input j of group g is read by the rows of group g only; others are zero.
+        rows, width, *kernel = weight.shape
+        wide = weight.new_zeros(port.groups, width, port.groups, rows // port.groups, *kernel)
+        for group, block in enumerate(weight.chunk(port.groups)):
+            wide[group, :, group] = block.transpose(0, 1)
+        front = wide.reshape(port.groups * width, rows, -1)
+    else:
+        front = weight.movedim(port.axis, 0)
+        front = front.reshape(front.shape[0], front.shape[1] if front.dim() > 1 else 1, -1)
+    stretch = front[port.offset : port.offset + port.channels * port.repeat]
+    # (channels, repeat, other, kernel): what a channel meets at each position and tap
+    return stretch.reshape(port.channels, port.repeat, front.shape[1], -1)
+
+
+def _embedded(rows: Tensor, port: Port, channels: int) -> Tensor:
+    """Put the rows of a port that holds a part of the space among zeros for the rest."""
+    full = rows.new_zeros(channels, rows[0].numel())
+    full[port.start : port.start + port.channels] = rows.flatten(1)
+    return full
+
+
+def _readout(
+    model: nn.Module, space: ChannelSpace, port: Port, reading: _Reading | None
+) -> Readout:
+    rows = _rows(model, port)
+    channels, repeat, out, kernel = rows.shape
+    part = rows.permute(2, 0, 1, 3).reshape(out, channels, repeat * kernel)
+    weight = part.new_zeros(out, space.channels, repeat * kernel)
+    weight[:, port.start : port.start + channels] = part
+    if reading is None:
+        return Readout(weight)
+    moment = reading.moments.second_moment
+    size = len(moment) // channels
+    full = moment.new_zeros(space.channels, size, space.channels, size)
+    inside = slice(port.start, port.start + channels)
+    full[inside, :, inside] = moment.reshape(channels, size, channels, size)
+    if port.groups > 1:
+        _cut_between_groups_(full[inside, :, inside], port)
+    return Readout(weight, full.reshape(space.channels * size, space.channels * size))
+
+
+def _cut_between_groups_(moment: Tensor, port: Port) -> None:
+    """Zero the moments between groups: no group can make up for a channel of another."""
+    # A grouped layer reads whole groups of its port, which may start within the axis.
+    entries = port.offset + torch.arange(port.channels, device=moment.device) * port.repeat
+    group = entries // max(1, _group_width(port))
+    same = group[:, None] == group[None, :]
+    moment.mul_(same[:, None, :, None])
+
+
+def _group_width(port: Port) -> int:
+    return port.channels * port.repeat // port.groups
+
+
+def _own_moment(space: ChannelSpace, readings: list[_Reading]) -> Tensor | None:
+    """Return the second moment of a space's features as its first whole reader sees them."""
+    for reading in readings:
+        channels = reading.port.channels
+        if channels == space.channels:
+            moment = reading.moments.second_moment
+            size = len(moment) // channels
+            blocks = moment.reshape(channels, size, channels, size)
+            return blocks.diagonal(dim1=1, dim2=3).mean(-1)
+    return None
+
+
+@torch.no_grad()
+def _collect(
+    model: nn.Module, spaces: list[ChannelSpace], data: Batches
+) -> dict[_Key, _Reading]:
+    """Run the data through the model and sum up the moments of every consumer's input."""
+    readings: dict[_Key, _Reading] = {}
+    by_module: dict[str, list[_Reading]] = {}
+    for space in spaces:
+        for port in space.consumers:
+            reading = _new_reading(model, port)
+            readings[space.name, port] = reading
+            by_module.setdefault(port.module, []).append(reading)
+    seen = 0
+    with _watched(model, by_module):
+        for batch in data:
+            args, kwargs = model_inputs(batch)
+            _check_batch(args, seen)
+            model(*args, **kwargs)
+            seen += 1
+    if not seen:
+        raise DataError("the data is empty: expected at least one batch of images")
+    for reading in readings.values():
+        reading.moments.reduce()
+    return readings
+
+
+def _new_reading(model: nn.Module, port: Port) -> _Reading:
+    weight = getattr(model.get_submodule(port.module), port.parameter)
+    taps = port.repeat * weight[0, 0].numel()
+    whole = port.channels * taps <= FULL_MOMENT_FEATURES
+    features = port.channels * (taps if whole else 1)
+    return _Reading(port, taps, SecondMoments(features, device=weight.device), whole)
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module, by_module: Mapping[str, list[_Reading]]) -> Iterator[None]:
+    """Hook the consumers for a while, with the model in evaluation mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    handles = []
+    try:
+        for path, readings in by_module.items():
+            layer = model.get_submodule(path)
+            handles.append(layer.register_forward_pre_hook(_Watch(readings)))
+        model.eval()
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+
+
+@dataclass(slots=True)
+class _Watch:
+    readings: list[_Reading]
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        patches = input_patches(layer, args[0], max_rows=ROWS_PER_BATCH)
+        for reading in self.readings:
+            reading.update(patches)
+
+
+def model_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments for a forward: a tensor, the first of a tuple, or a mapping by name.
+
+    Raises:
+        DataError: if the batch is none of these.
+    """
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
+        return (batch[0],), {}
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    raise DataError(
+        f"a batch must be a tensor of images, a tuple that starts with one, or a mapping of "
+        f"forward's arguments; got {type(batch).__name__}"
+    )
+
+
+def _check_batch(args: tuple[Any, ...], number: int) -> None:
+    for tensor in args:
+        if isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all()):
+            raise DataError(f"batch {number} of the data holds NaN or infinite values")
