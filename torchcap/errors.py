@@ -1,13 +1,13 @@
 """The exceptions that torchcap raises; each is also the builtin that a user would catch.
 
-    TorchcapError
-    ├── TraceError (RuntimeError)             the model cannot be read
-    ├── ExampleInputsError (ValueError)       the example inputs do not fit the model
-    ├── ModelError (ValueError)               the model cannot be prepared as it is
-    │   └── NothingToCompressError            no channel space is free
-    ├── PlanError (ValueError)                ratio, rank or space that the model cannot take
-    ├── DataError (ValueError)                calibration data that cannot be used
-    └── StudentError (RuntimeError)           not a prepared model, or not in the state needed
+TorchcapError
+├── TraceError (RuntimeError)             the model cannot be read
+├── ExampleInputsError (ValueError)       the example inputs do not fit the model
+├── ModelError (ValueError)               the model cannot be prepared as it is
+│   └── NothingToCompressError            no channel space is free
+├── PlanError (ValueError)                ratio, rank or space that the model cannot take
+├── DataError (ValueError)                calibration data that cannot be used
+└── StudentError (RuntimeError)           not a prepared model, or not in the state needed
 """
 
 from __future__ import annotations

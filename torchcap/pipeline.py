@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from torchcap.errors import ModelError, NothingToCompressError, PlanError
 from torchcap.graph.analyze import analyze
-from torchcap.graph.spaces import SpaceGraph
+from torchcap.graph.rules import Rule, Target
 from torchcap.graph.trace import ExampleInputs
 from torchcap.plan.plan import Plan
 from torchcap.projection.initialize import GreedySelection, Initializer, LargestNorm
@@ -32,6 +32,8 @@ def prepare(
     example_inputs: ExampleInputs | None = None,
     data: Batches | None = None,
     init: Initializer | None = None,
+    leaves: Sequence[type[nn.Module]] = (),
+    rules: Mapping[Target, Rule] | None = None,
 ) -> M:
     """Return a copy of a trained model whose free channel spaces are projected to fewer channels.
 
@@ -52,6 +54,8 @@ def prepare(
             projections; every batch is looked at once. Without it they start from the weights.
         init: where each projection starts; by default the greedy selection by the error of the next
             layer with ``data``, the channels of largest weight without.
+        leaves: module classes that are read as one operator, as in :func:`torchcap.analyze`.
+        rules: operator rules that are asked first, as in :func:`torchcap.analyze`.
 
     Returns:
         the student, in the mode of ``model``.
@@ -68,7 +72,7 @@ def prepare(
         Minnehan & Savakis, "Cascaded Projection", CVPR 2019, sec. 3.3 and 3.6.
     """
     _check_model(model)
-    graph = analyze(model, example_inputs)
+    graph = analyze(model, example_inputs, leaves=leaves, rules=rules)
     if not graph.free:
         Plan.uniform(graph, 1.0)  # raises with the reasons
     if plan is None:

@@ -21,7 +21,6 @@ from torchcap.graph.rules import (
     Call,
     Channels,
     Extent,
-    Opaque,
     Rule,
     Target,
     Value,
@@ -32,7 +31,6 @@ from torchcap.graph.rules import (
 )
 from torchcap.graph.spaces import (
     ChannelSpace,
-    Fold,
     Freedom,
     LayerCall,
     Port,
@@ -141,17 +139,21 @@ class _Reading:
     # Walking the graph
 
     def _visit(self, reading: Traced, node: fx.Node) -> Value:
-        result = node.meta.get("val")
         if node.op == "placeholder":
-            return opaque(result)
+            return opaque(node.meta.get("val"))
         if node.op == "get_attr":
             return self._attribute(node)
         if node.op == "output":
-            for value in flat(_mapped(node.args, self.values)):
-                if isinstance(value, Channels | Extent):
-                    self.table.fix(value.ids, "output of the model")
-            return None
-        call = self._call(reading, node, result)
+            return self._fix_outputs(node)
+        return self._apply_rule(reading, node)
+
+    def _fix_outputs(self, node: fx.Node) -> None:
+        for value in flat(_mapped(node.args, self.values)):
+            if isinstance(value, Channels | Extent):
+                self.table.fix(value.ids, "output of the model")
+
+    def _apply_rule(self, reading: Traced, node: fx.Node) -> Value:
+        call = self._call(reading, node, node.meta.get("val"))
         rule = find_rule(node, call.module, self.rules)
         if rule is None:
             return self._boundary(call)
@@ -160,7 +162,7 @@ class _Reading:
             return call.give_up(f"its number of channels is used in {call.label}")
         try:
             return rule(call)
-        except Exception as error:  # noqa: BLE001 - a rule that fails is a boundary, not a crash
+        except Exception as error:  # a rule that fails is a boundary, not a crash
             self.notes[f"{call.label} (its rule failed: {error})"] += 1
             return call.give_up(f"the rule of {call.label} failed")
 
@@ -193,18 +195,19 @@ class _Reading:
         except AttributeError:  # a constant that tracing has put into the graph
             return opaque(node.meta.get("val"))
         tensor = getattr(owner, name, None)
-        wide = [d for d, n in enumerate(tensor.shape) if n > 1] if isinstance(tensor, Tensor) else []
+        shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else ()
+        wide = [dim for dim, size in enumerate(shape) if size > 1]
         held = {**owner._parameters, **owner._buffers}
-        if not isinstance(tensor, Tensor) or len(wide) != 1 or held.get(name) is None:
+        if len(wide) != 1 or held.get(name) is None:
             return opaque(node.meta.get("val"))
-        ids = self.table.axis(path, [(name, wide[0])], "carrier", tensor.shape[wide[0]])
-        return Channels(tuple(tensor.shape), wide[0], ids)
+        ids = self.table.axis(path, [(name, wide[0])], "carrier", shape[wide[0]])
+        return Channels(shape, wide[0], ids)
 
     # ----------------------------------------------------------------------------------------------
     # What no operator shows
 
     def _fix_shared_parameters(self) -> None:
-        """Fix layers whose parameters have another owner too, or are read outside of their layer."""
+        """Fix layers whose parameters have another owner too, or another reader."""
         owners = Counter(
             id(tensor)
             for _, module in self.model.named_modules()
@@ -225,17 +228,16 @@ class _Reading:
                     self.table.fix(axis.ids, f"{axis.module}.{name} is read outside of its layer")
 
     def _fix_auxiliary_layers(self) -> None:
-        """Fix what auxiliary heads write: evaluation never runs them, so nothing would be gained."""
+        """Fix what auxiliary heads write: evaluation never runs them, so nothing is gained."""
         called = {
-            str(node.target)
-            for node in self.readings[0].module.graph.find_nodes(op="call_module")
+            str(node.target) for node in self.readings[0].module.graph.find_nodes(op="call_module")
         }
         for axis in self.table.axes.values():
             if axis.role == "producer" and axis.module not in called:
                 self.table.fix(axis.ids, f"{axis.module!r} runs in training mode only")
 
     def _fix_shared_layers(self) -> None:
-        """Fix layers that are the same module under two names: hooks and sizes would meet twice."""
+        """Fix layers that are one module under two names: sizes would be set twice."""
         paths: dict[int, list[str]] = {}
         for path, module in self.model.named_modules(remove_duplicate=False):
             paths.setdefault(id(module), []).append(path)
@@ -283,7 +285,8 @@ class _Reading:
             module = reading.module.get_submodule(str(node.target))
             result = node.meta.get("val")
             if isinstance(module, CONVOLUTIONS + LINEARS) and isinstance(result, Tensor):
-                yield LayerCall(str(node.target), result.numel() // module.weight.shape[0])
+                rows = getattr(module, "weight").shape[0]  # noqa: B009 - not known to be a tensor
+                yield LayerCall(str(node.target), result.numel() // rows)
 
 
 def _mapped(value: Any, values: Mapping[fx.Node, Value]) -> Any:
@@ -301,9 +304,7 @@ def _mapped(value: Any, values: Mapping[fx.Node, Value]) -> Any:
 
 def _ports(axis: Axis, run: Run) -> list[Port]:
     return [
-        Port(
-            axis.module, name, dim, run.offset, run.start, run.channels, run.repeat, axis.groups
-        )
+        Port(axis.module, name, dim, run.offset, run.start, run.channels, run.repeat, axis.groups)
         for name, dim in axis.tensors
     ]
 
@@ -323,9 +324,7 @@ def _freedom(
     return ("stiefel" if resolved.nonlinear[space] else "linear"), ""
 
 
-def _taps(
-    sights: Sequence[Sight], resolved: Resolved, names: Mapping[int, str]
-) -> Iterator[Tap]:
+def _taps(sights: Sequence[Sight], resolved: Resolved, names: Mapping[int, str]) -> Iterator[Tap]:
     for sight, layout in zip(sights, resolved.layouts, strict=True):
         if layout:
             yield Tap(

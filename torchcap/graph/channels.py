@@ -126,7 +126,7 @@ class ChannelTable:
         self._nonlinear.append(ids.ravel())
 
     def balance(self, pieces: Ids, reason: str) -> None:
-        """Note that the rows of ``pieces``, shape ``(pieces, channels)``, must keep equal widths."""
+        """Note that the rows of ``pieces``, ``(pieces, channels)``, must keep equal widths."""
         self._balances.append((pieces, reason))
 
     def resolve(self, observed: Sequence[Ids] = ()) -> Resolved:
@@ -171,13 +171,13 @@ class _Resolution:
     def _make_cells(self) -> None:
         """Group classes that stand on the same axes and in the same pieces, by random signature."""
         rng = np.random.default_rng(0)
-        signature = np.zeros(len(self.labels), dtype=np.uint64)
+        signature = np.zeros(len(self.labels), dtype=np.int64)
         stretches: Iterable[Ids] = [
             *self.axes,
             *(row for pieces, _ in self.balances for row in pieces),
         ]
         for classes in stretches:
-            np.add.at(signature, classes, rng.integers(1, 2**63, dtype=np.uint64))
+            np.add.at(signature, classes, rng.integers(-(2**63), 2**63 - 1))
         self.cell_of = np.full(len(self.labels), -1, dtype=np.int64)
         self.cells: list[Ids] = []
         # Axes are met in the order of the forward, so a cell has the order of its first axis; equal
@@ -237,7 +237,9 @@ class _Resolution:
         repeat = stretch
         expected = np.repeat(members, repeat)
         found = classes[offset : offset + len(expected)]
-        return Run(offset, cell, 0, len(members), repeat) if np.array_equal(found, expected) else None
+        return (
+            Run(offset, cell, 0, len(members), repeat) if np.array_equal(found, expected) else None
+        )
 
     def _tie_pieces(self, pieces: Ids, reason: str) -> None:
         rows = [self._runs(row, reason) for row in pieces]

@@ -125,7 +125,9 @@ class Call:
     def label(self) -> str:
         """How messages name this operator."""
         target = self.path if self.module is not None else _function_name(self.node.target)
-        return f"{target!r}" if self.module is None else f"{target!r} ({type(self.module).__name__})"
+        return (
+            f"{target!r}" if self.module is None else f"{target!r} ({type(self.module).__name__})"
+        )
 
     @property
     def unexpected(self) -> str:
@@ -191,7 +193,9 @@ def convolution(call: Call) -> Value:
         return call.give_up(f"{call.label} convolves along the channels")
     if isinstance(x, Channels) and layer.groups == layer.in_channels > 1:
         return _depthwise(call, layer, x)
-    reading = call.table.axis(call.path, [("weight", 1)], "consumer", layer.in_channels, layer.groups)
+    reading = call.table.axis(
+        call.path, [("weight", 1)], "consumer", layer.in_channels, layer.groups
+    )
     _read(call, x, reading)
     writing = _written(call, layer.out_channels)
     if layer.groups > 1:
@@ -414,7 +418,9 @@ def _combine(call: Call, verb: str) -> Value:
     if isinstance(other, Opaque):
         behind = len(x.shape) - x.dim
         if len(other.shape) >= behind and other.shape[-behind] != 1:
-            return call.give_up(f"{verb} a tensor whose channels are not followed, at {call.node.name!r}")
+            return call.give_up(
+                f"{verb} a tensor whose channels are not followed, at {call.node.name!r}"
+            )
     elif not isinstance(other, int | float):
         return call.give_up(f"{verb} {type(other).__name__} at {call.node.name!r}")
     # A term that is one for all channels does not commute with a rotation; a factor does.
@@ -455,7 +461,9 @@ def concatenation(call: Call) -> Value:
             pieces.append(tensor.ids)
         elif isinstance(tensor, Opaque):
             pieces.append(call.table.new(tensor.shape[at]))
-            call.table.fix(pieces[-1], f"{call.label} with a tensor whose channels are not followed")
+            call.table.fix(
+                pieces[-1], f"{call.label} with a tensor whose channels are not followed"
+            )
     if dim == at:
         return Channels(call.shape, at, np.concatenate(pieces))
     for piece in pieces[1:]:
@@ -496,7 +504,10 @@ def item(call: Call) -> Value:
 
 def _indexed_dim(x: Channels, index: tuple[Value, ...]) -> tuple[int | None, int]:
     """Return the channel dimension (None if it is touched) and its place after indexing."""
-    if not all(i is None or i is Ellipsis or (isinstance(i, int | slice) and not isinstance(i, bool)) for i in index):
+    if not all(
+        i is None or i is Ellipsis or (isinstance(i, int | slice) and not isinstance(i, bool))
+        for i in index
+    ):
         return None, 0
     if any(isinstance(v, Extent | Opaque | Channels) for v in flat(index)):
         return None, 0
@@ -582,8 +593,9 @@ def flattening(call: Call) -> Value:
 def reshaping(call: Call) -> Value:
     """``view`` and ``reshape``, as far as they merge the channels with dimensions behind them."""
     x = call.argument(0, "input")
-    sizes = call.args[1:] if call.args[1:] else (call.kwargs.get("shape", call.kwargs.get("size")),)
-    sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
+    sizes = call.args[1:] or (call.kwargs.get("shape", call.kwargs.get("size")),)
+    if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
+        sizes = tuple(sizes[0])
     extents = [s for s in sizes if isinstance(s, Extent)]
     if not isinstance(x, Channels):
         return call.give_up(f"reshaped by the number of channels at {call.node.name!r}")

@@ -186,7 +186,7 @@ class SpaceGraph:
         return "\n".join(_table(self))
 
     def after_folding(self) -> SpaceGraph:
-        """Return the same graph for the folded model: norms gone, every folded layer with a bias."""
+        """Return the graph of the folded model: norms gone, every folded layer with a bias."""
         norms = {fold.norm for fold in self.folds if fold.norm is not None}
         biased = {fold.layer for fold in self.folds if fold.norm is not None}
         tensors = {

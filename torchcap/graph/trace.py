@@ -1,8 +1,8 @@
 """Tracing: from a model to FX graphs whose nodes know their shapes.
 
-The graphs are only *read*; the model that runs stays the user's own. A model is traced in evaluation
-mode and in training mode, because some layers run in one of them only (the auxiliary heads of
-GoogLeNet): a channel may be cut only if every reader in either mode can follow.
+The graphs are only *read*; the model that runs stays the user's own. A model is traced in
+evaluation mode and in training mode, because some layers run in one of them only (the auxiliary
+heads of GoogLeNet): a channel may be cut only if every reader in either mode can follow.
 """
 
 from __future__ import annotations

@@ -52,9 +52,7 @@ def cost(graph: SpaceGraph, plan: Plan | None = None) -> Cost:
     return Cost(macs, sum(prod(shape) for shape in shapes.values()), activations)
 
 
-def shapes_under(
-    graph: SpaceGraph, ranks: Mapping[str, int]
-) -> dict[str, tuple[int, ...]]:
+def shapes_under(graph: SpaceGraph, ranks: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter when the named spaces have the given ranks."""
     shapes = {name: list(shape) for name, shape in graph.tensors.items()}
     for space in graph.spaces:

@@ -1,4 +1,4 @@
-"""The plan: how many channels every space keeps. Plain data: print it, edit it, save it, apply it."""
+"""The plan: how many channels every space keeps. Data to print, edit, save and apply again."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class Plan:
             }
         except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(
-                'a plan maps each space to {"channels": …, "rank": …}; ' f"could not read {error}"
+                f'a plan maps each space to {{"channels": …, "rank": …}}; could not read {error}'
             ) from error
         return cls(choices, str(data.get("model", "")))
 
@@ -180,7 +180,9 @@ def _find(graph: SpaceGraph, name: str) -> ChannelSpace:
         space = graph[name]
     except KeyError:
         close = difflib.get_close_matches(str(name), [s.name for s in graph.free], n=3)
-        hint = f"did you mean {', '.join(map(repr, close))}?" if close else "see print(analyze(model))"
+        hint = (
+            f"did you mean {', '.join(map(repr, close))}?" if close else "see print(analyze(model))"
+        )
         raise PlanError(f"{graph.model!r} has no channel space {name!r}; {hint}") from None
     if not space.free:
         raise PlanError(
@@ -211,6 +213,7 @@ def _nothing(graph: SpaceGraph) -> str:
     more = [f"  … and {len(graph.spaces) - 20} more"] if len(graph.spaces) > 20 else []
     found = "\n".join([*reasons, *more, *(f"  {note}" for note in graph.notes)])
     return (
-        f"{graph.model!r} has no channel space that can be compressed:\n{found or '  no layer found'}\n"
+        f"{graph.model!r} has no channel space that can be compressed:\n"
+        f"{found or '  no layer was found'}\n"
         "An operator that torchcap does not know can be taught: analyze(model, rules={...})"
     )

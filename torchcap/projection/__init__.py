@@ -1,1 +1,1 @@
-"""The pieces: projections, parametrizations and initialisers; tensors and axes, no graph, no plan."""
+"""The pieces: projections, parametrizations and initialisers; no graph, no plan."""

@@ -185,6 +185,7 @@ class PrincipalComponents:
     Eigenvectors come in falling order of eigenvalue, each with its largest entry positive.
     """
 
+    @torch.no_grad()
     def __call__(self, space: SpaceContext) -> Tensor:
         """Return the basis; see `Initializer`.
 
@@ -272,8 +273,10 @@ class GreedySelection:
             ValueError: if there are no readouts.
             DataError: if a readout has no moment, or one that is far from positive semidefinite.
         """
-        eliminations = _eliminations(space, self.ridge)
         share = space.block_channels - space.block_rank
+        if share == 0:  # nothing to choose, and moments are costly to invert
+            return torch.eye(space.block_channels, dtype=torch.float64).repeat(space.blocks, 1, 1)
+        eliminations = _eliminations(space, self.ridge)
         present = torch.ones(space.blocks, space.block_channels, dtype=torch.bool)
         droppable = present.clone()
         for _ in range(share * space.blocks):

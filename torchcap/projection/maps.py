@@ -1,8 +1,8 @@
 """The kinds of ``P``: what stands between the channels of a space and the fewer that are kept.
 
-Every kind has the block-diagonal shape ``(blocks, channels / blocks, rank / blocks)``: one block for
-an ordinary space, one a group where a grouped convolution or a chunk must find its channels again.
-A direct sum (the reader of a concatenation) is a row of such maps, one for each stretch of the axis;
+Every kind is block-diagonal, ``(blocks, channels / blocks, rank / blocks)``: one block for an
+ordinary space, one a group where a grouped convolution or a chunk must find its channels again. A
+direct sum (the reader of a concatenation) is a row of such maps, one for each stretch of the axis;
 see :mod:`torchcap.projection.parametrizations`.
 """
 
@@ -43,10 +43,11 @@ class Projection(nn.Module):
         raise NotImplementedError
 
     def expand(self, x: Tensor, first: int, count: int) -> Tensor:
-        """Apply ``P`` along the first axis: the inverse of :meth:`contract` on the kept channels."""
+        """Apply ``P`` along the first axis; on the kept channels it undoes :meth:`contract`."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
+        """Return the sizes, for printing."""
         return f"channels={self.channels}, rank={self.rank}, blocks={self.blocks}"
 
 
@@ -72,11 +73,13 @@ class Stiefel(Projection):
         return polar(self.proxy) if self._shared is None else self._shared
 
     def contract(self, rows: Tensor, first: int, count: int) -> Tensor:
+        """Apply ``Pᵀ``; see :meth:`Projection.contract`."""
         P = _raised(self()[first : first + count])
         x = rows.to(P.dtype).reshape(count, P.shape[1], -1)
         return (P.mT @ x).reshape(count * P.shape[2], -1).to(rows.dtype)
 
     def expand(self, x: Tensor, first: int, count: int) -> Tensor:
+        """Apply ``P``; see :meth:`Projection.expand`."""
         P = _raised(self()[first : first + count])
         rows = x.to(P.dtype).reshape(count, P.shape[2], -1)
         return (P @ rows).reshape(count * P.shape[1], -1).to(x.dtype)
@@ -103,11 +106,15 @@ class Selection(Projection):
         return torch.nn.functional.one_hot(self.kept, width).mT.to(torch.get_default_dtype())
 
     def contract(self, rows: Tensor, first: int, count: int) -> Tensor:
+        """Apply ``Pᵀ``; see :meth:`Projection.contract`."""
         return rows[self._positions(first, count)]
 
     def expand(self, x: Tensor, first: int, count: int) -> Tensor:
+        """Apply ``P``; see :meth:`Projection.expand`."""
         width = self.channels // self.blocks
-        return x.new_zeros(count * width, x.shape[1]).index_copy(0, self._positions(first, count), x)
+        return x.new_zeros(count * width, x.shape[1]).index_copy(
+            0, self._positions(first, count), x
+        )
 
     def _positions(self, first: int, count: int) -> Tensor:
         width = self.channels // self.blocks

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from timm.layers.conv2d_same import Conv2dSame, Conv2dSameExport
+from timm.layers.std_conv import ScaledStdConv2dSame, StdConv2dSame
 from torch import Tensor, nn
 
 from torchcap.errors import DataError
@@ -237,8 +238,9 @@ def _padding(layer: _Conv, sizes: torch.Size) -> list[tuple[int, int]]:
 
 
 def _pads_dynamically(layer: _Conv) -> bool:
-    # timm's weight-standardised convolutions carry a flag, since some of them pad statically.
-    return isinstance(layer, Conv2dSame | Conv2dSameExport) or getattr(layer, "same_pad", False)
+    if isinstance(layer, StdConv2dSame | ScaledStdConv2dSame):
+        return bool(layer.same_pad)
+    return isinstance(layer, Conv2dSame | Conv2dSameExport)
 
 
 def _is_conv(layer: nn.Module) -> TypeGuard[_Conv]:

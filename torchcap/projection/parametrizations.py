@@ -95,7 +95,7 @@ class ProjectAxis(nn.Module):
         """``(…, axis, …)`` to ``(axis, everything else)``, groups one after the other."""
         if self.groups == 1:
             return tensor.movedim(self.axis, 0).flatten(1) if tensor.dim() > 1 else tensor[:, None]
-        rows, width, *kernel = tensor.shape
+        rows, width = tensor.shape[:2]
         grouped = tensor.reshape(self.groups, rows // self.groups, width, -1)
         return grouped.transpose(1, 2).reshape(self.groups * width, -1)
 
@@ -108,6 +108,7 @@ class ProjectAxis(nn.Module):
         return grouped.transpose(1, 2).reshape(rows, -1, *kernel)
 
     def extra_repr(self) -> str:
+        """Return what is projected, for printing."""
         return f"axis={self.axis}, groups={self.groups}, segments={len(self.segments)}"
 
 
@@ -143,7 +144,7 @@ def apply_segments(rows: Tensor, segments: Sequence[Segment]) -> Tensor:
     """Apply a direct sum of ``Pᵀ`` along the first axis of ``(length, columns)``."""
     if len(segments) == 1:
         return segments[0].contract(rows)
-    pieces = rows.split([segment.length for segment in segments])
+    pieces = torch.split(rows, [segment.length for segment in segments])
     return torch.cat([s.contract(piece) for s, piece in zip(segments, pieces, strict=True)])
 
 
@@ -151,5 +152,5 @@ def lift_segments(rows: Tensor, segments: Sequence[Segment]) -> Tensor:
     """Apply a direct sum of ``P`` along the first axis of ``(kept, columns)``."""
     if len(segments) == 1:
         return segments[0].expand(rows)
-    pieces = rows.split([segment.kept for segment in segments])
+    pieces = torch.split(rows, [segment.kept for segment in segments])
     return torch.cat([s.expand(piece) for s, piece in zip(segments, pieces, strict=True)])

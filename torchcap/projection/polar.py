@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-# More powers than this of the deviation cost more than its singular values do (measured on a CPU).
+# A deviation that takes more powers than this is dearer than singular values (measured on a CPU).
 _MOST_POWERS = 12
 
 
@@ -32,8 +32,8 @@ def polar(matrix: Tensor) -> Tensor:
     or better, whatever autocast says. There is no second derivative.
 
     Args:
-        matrix: shape ``(..., channels, rank)``, ``rank <= channels``, of full column rank. The
-            matrices of a batch are computed in the same way: the one that its worst one needs.
+        matrix: shape ``(..., channels, rank)``, ``rank <= channels``, of full column rank. All
+            matrices of a batch are computed in one way: the one that its worst matrix needs.
 
     Returns:
         ``P``, with the shape, dtype and device of ``matrix``, and ``PᵀP = I``.
@@ -52,8 +52,8 @@ def polar(matrix: Tensor) -> Tensor:
     """
     shape = tuple(matrix.shape)
     if len(shape) < 2 or shape[-1] > shape[-2]:
-        msg = f"matrix of shape {shape} is wider than tall; expected (..., channels, rank)"
-        raise ValueError(f"{msg} with rank <= channels")
+        expected = "expected (..., channels, rank) with rank <= channels"
+        raise ValueError(f"matrix of shape {shape} is not tall; {expected}")
     if not matrix.is_floating_point():
         raise ValueError(f"matrix is {matrix.dtype}; expected a real floating-point type")
     return cast("Tensor", _Polar.apply(matrix)) if matrix.numel() else matrix.clone()
@@ -76,29 +76,29 @@ def polar_many(matrices: Sequence[Tensor]) -> list[Tensor]:
     for index, matrix in enumerate(matrices):
         groups[matrix.shape[-2:], matrix.dtype, matrix.device].append(index)
     for group in groups.values():
-        stacks = [_stack(matrices[index]) for index in group]
-        batch = polar(torch.cat(stacks))
-        for index, factor in zip(group, torch.split(batch, [len(s) for s in stacks]), strict=True):
+        stacks = [matrices[index][None].flatten(0, -3) for index in group]
+        batch = torch.split(polar(torch.cat(stacks)), [len(stack) for stack in stacks])
+        for index, factor in zip(group, batch, strict=True):
             factors[index] = factor.reshape(matrices[index].shape)
     return factors
 
 
 # Note [closed-form polar gradient]
-# Let X = P H with PᵀP = I and H = V diag(s) Vᵀ positive definite, let G = ∂L/∂P and K = PᵀG.
-# PᵀdP = Ω is antisymmetric, so dX = dP H + P dH splits into
-#     PᵀdX − dXᵀP = H Ω + Ω H        and        (I − PPᵀ) dX = (I − PPᵀ) dP H.
-# Solving both for dP = P Ω + (I − PPᵀ) dP, and moving everything in <G, dP> over to dX, leaves
+# Let X = P H with PᵀP = I and H = V diag(s) Vᵀ positive definite, G = ∂L/∂P and K = PᵀG.
+# Ω = PᵀdP is antisymmetric, so dX = dP H + P dH splits into
+#     H Ω + Ω H = PᵀdX − dXᵀP        and        (I − PPᵀ) dP H = (I − PPᵀ) dX.
+# Solve both for dP = P Ω + (I − PPᵀ) dP, put it into <G, dP>, and collect what multiplies dX:
 #     ∂L/∂X = P Y + (I − PPᵀ) G H⁻¹,        H Y + Y H = K − Kᵀ.
-# In the eigenbasis of H the equation for Y is a division by sᵢ + sⱼ. Nothing divides by sᵢ − sⱼ as
-# the gradient of an SVD does. Eq. 13 of the paper as printed is not this gradient: it keeps the
-# part that reaches L through V alone.
+# In the eigenbasis of H the equation for Y is a division by sᵢ + sⱼ. Nothing divides by sᵢ − sⱼ, as
+# the gradient of an SVD does. Eq. 13 of the paper as printed is not this gradient: it keeps only
+# the part of it that comes from ∂L/∂V.
 #
 # Where H ≈ hI no eigenbasis is needed. With J = PᵀGH⁻¹ and Y = J − S the same gradient is
 #     ∂L/∂X = G H⁻¹ − P S,        H S + S H = H (J + Jᵀ).
-# Write H⁻¹ = (I + D)/h. The symmetric part of S is N = (J + Jᵀ)/2; multiplying the equation by H⁻¹
-# from both sides gives for the antisymmetric part A = S − N
+# The symmetric part of S is N = (J + Jᵀ)/2, which leaves H A + A H = H N − N H for A = S − N.
+# Multiply by H⁻¹ = (I + D)/h from both sides:
 #     A H⁻¹ + H⁻¹ A = N H⁻¹ − H⁻¹ N,        that is        S = N + ((D S)ᵀ − D S)/2,
-# a contraction by ‖D‖, one product of small matrices for each step.
+# which contracts by ‖D‖ from any start, at one product of small matrices a step.
 
 
 class _Polar(torch.autograd.Function):
@@ -109,7 +109,7 @@ class _Polar(torch.autograd.Function):
         accuracy = torch.finfo(torch.promote_types(matrix.dtype, torch.float32)).eps
         ctx.tolerance = 16 * accuracy
         with torch.autocast(matrix.device.type, enabled=False):
-            X = _stack(matrix).to(_working_dtype(matrix))
+            X = matrix.to(_working_dtype(matrix))
             if series := _by_series(X, ctx.tolerance):
                 P, inverse, h, ctx.contraction = series
                 ctx.save_for_backward(P, inverse, h)
@@ -117,20 +117,18 @@ class _Polar(torch.autograd.Function):
                 U, s, V = _by_gram(X, accuracy) or _by_svd(X, accuracy)
                 P, ctx.contraction = U @ V.mT, None
                 ctx.save_for_backward(U, s, V)
-        return P.to(matrix.dtype).reshape(matrix.shape)
+        return P.to(matrix.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         saved = ctx.saved_tensors
         with torch.autocast(gradient.device.type, enabled=False):
-            G = _stack(gradient).to(saved[0].dtype)
+            G = gradient.to(saved[0].dtype)
             if ctx.contraction is None:
-                dX = _pull_back(G, *saved)
-            else:
-                steps = _powers(ctx.contraction, ctx.tolerance) - 1
-                dX = _pull_back_by_series(G, *saved, steps=steps)
-        return dX.to(gradient.dtype).reshape(gradient.shape)
+                return _pull_back(G, *saved).to(gradient.dtype)
+            steps = _powers(ctx.contraction, ctx.tolerance) - 1
+            return _pull_back_by_series(G, *saved, steps=steps).to(gradient.dtype)
 
 
 def _by_series(X: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor, float] | None:
@@ -141,7 +139,7 @@ def _by_series(X: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor, flo
     gram = X.mT @ X
     # Where squares underflow h is set too large, which makes E ≈ -I: no small deviation.
     tiny = torch.finfo(X.dtype).tiny / tolerance
-    h = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(tiny)
+    h = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(tiny)
     E = _add_to_diagonal_(gram.div_(h), -1)
     h = h.sqrt()
     bound = _largest_norm(E)
@@ -160,7 +158,7 @@ def _by_series(X: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor, flo
         highest = 2 * (powers // 2) - 1
         D = pair(highest)
         for k in range(highest - 2, 0, -2):  # Horner's rule in E²
-            D = pair(k).baddbmm_(square, D)
+            D = pair(k).add_(square @ D)
     inverse = _add_to_diagonal_(D, 1).div_(h)
     return X @ inverse, inverse, h, 1 / math.sqrt(1 - bound) - 1
 
@@ -174,7 +172,7 @@ def _pull_back_by_series(G: Tensor, P: Tensor, inverse: Tensor, h: Tensor, *, st
     for _ in range(steps):
         DS = D @ S
         S = DS.mT.contiguous().sub_(DS).div_(2).add_(N)
-    return GH.baddbmm_(P, S, alpha=-1)
+    return GH.sub_(P @ S)
 
 
 def _by_gram(X: Tensor, accuracy: float) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -182,44 +180,40 @@ def _by_gram(X: Tensor, accuracy: float) -> tuple[Tensor, Tensor, Tensor] | None
     Z = X.double()
     try:
         squares, V = torch.linalg.eigh(Z.mT @ Z)
-    except torch.linalg.LinAlgError:  # squares that are not finite
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch does not list it
         return None
     kind = torch.finfo(Z.dtype)
-    least = squares[:, -1:] * (kind.eps / max(accuracy, 1e-13))
-    if not (squares > least.clamp_min(kind.tiny / kind.eps)).all():
+    least = squares[..., -1:] * (kind.eps / max(accuracy, 1e-12))
+    if not (squares > least.clamp_min(kind.tiny / kind.eps)).all():  # true of NaN too
         return None
     s = squares.sqrt()
-    U = (Z @ V).div_(s[:, None, :])
+    U = (Z @ V).div_(s[..., None, :])
     return U.to(X.dtype), s.to(X.dtype), V.to(X.dtype)
 
 
 def _by_svd(X: Tensor, accuracy: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``U``, ``s`` and ``V`` of any matrix whose polar factor is defined."""
-    shape = tuple(X.shape)
+    """Return ``U``, ``s`` and ``V`` of any matrix that has a polar factor."""
+    shape = tuple(X.shape[-2:])
     if not X.isfinite().all():
         raise ValueError(f"matrix of shape {shape} has values that are not finite")
     U, s, Vh = torch.linalg.svd(X.double(), full_matrices=False)
-    ratio = float((s[:, -1] / s[:, 0]).nan_to_num().min())
-    floor = max(accuracy, torch.finfo(s.dtype).eps * shape[-2])
+    ratio = float((s[..., -1] / s[..., 0]).nan_to_num().min())
+    floor = max(accuracy, torch.finfo(s.dtype).eps * shape[0])
     if ratio <= floor:
-        msg = f"matrix of shape {shape} is rank deficient: its smallest singular value"
-        raise ValueError(f"{msg} is {ratio:.1e} of the largest; expected more than {floor:.1e}")
+        found = f"its smallest singular value is {ratio:.1e} of the largest"
+        expected = f"expected more than {floor:.1e}"
+        raise ValueError(f"matrix of shape {shape} is rank deficient: {found}; {expected}")
     return U.to(X.dtype), s.to(X.dtype), Vh.mT.to(X.dtype)
 
 
 def _pull_back(G: Tensor, U: Tensor, s: Tensor, V: Tensor) -> Tensor:
     GV = G @ V
     A = U.mT @ GV
-    B = (A - A.mT) / (s[:, :, None] + s[:, None, :])
+    B = (A - A.mT) / (s[..., :, None] + s[..., None, :])
     if U.shape[-2] == U.shape[-1]:  # I - PPᵀ is zero; computed, it leaves rounding errors over s
         return U @ B @ V.mT
-    s = s[:, None, :]
-    return GV.div_(s).baddbmm_(U, B - A / s) @ V.mT
-
-
-def _stack(matrix: Tensor) -> Tensor:
-    """View as one batch, shape ``(matrices, channels, rank)``."""
-    return matrix[None].flatten(0, -3)
+    s = s[..., None, :]
+    return GV.div_(s).add_(U @ (B - A / s)) @ V.mT
 
 
 def _working_dtype(matrix: Tensor) -> torch.dtype:

@@ -68,9 +68,7 @@ def distillation_loss(student: nn.Module, output: Any, *, temperature: float = 4
     """
     passed = _teacher_pass(student)
     if passed.output is None:
-        raise StudentError(
-            "there is no teacher output yet: run student(x) in training mode first"
-        )
+        raise StudentError("there is no teacher output yet: run student(x) in training mode first")
     ours, theirs = list(_logits(output)), list(_logits(passed.output))
     shapes = [tuple(t.shape) for t in ours], [tuple(t.shape) for t in theirs]
     if shapes[0] != shapes[1] or not ours:

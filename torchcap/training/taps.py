@@ -44,7 +44,7 @@ class TeacherPass(Attachment):
         self.loss: Tensor | None = None
         self.output: Any = None
         self._features: dict[int, Tensor] = {}
-        self._energies: list[Tensor] = []
+        self._energies: dict[int, Tensor] = {}
         self._terms: list[Tensor] = []
         self._probes: list[_Probe] = []
         for index, tap in enumerate(self.taps):
@@ -73,7 +73,7 @@ class TeacherPass(Attachment):
             probe.start()
         with torch.no_grad():
             self.output = self.teacher(*args, **kwargs)
-            self._energies = self._reduced_energies()
+            self._energies = _reduced({i: _squared_norm(x) for i, x in self._features.items()})
 
     def after_forward(self, model: nn.Module, _: Any, output: Any) -> None:
         """Sum up the terms; after an error, or in evaluation mode, there are none."""
@@ -88,7 +88,7 @@ class TeacherPass(Attachment):
         self._clear()
 
     def _clear(self) -> None:
-        self._features, self._energies, self._terms = {}, [], []
+        self._features, self._energies, self._terms = {}, {}, []
         for probe in self._probes:
             probe.stop()
 
@@ -102,24 +102,6 @@ class TeacherPass(Attachment):
     def _keep_feature(self, index: int, feature: Tensor) -> None:
         mutated = self.taps[index].mutated
         self._features[index] = feature.clone() if mutated else feature
-
-    def _reduced_energies(self) -> list[Tensor]:
-        """Return ``‖I‖²`` of every tap over the whole batch, that of other processes included.
-
-        Scaled so that the mean of the processes' losses, which is what DistributedDataParallel
-        trains on, is the loss of the whole batch.
-        """
-        features = self._features
-        if not features:
-            return []
-        energies = {index: _squared_norm(feature) for index, feature in features.items()}
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            total = torch.stack(list(energies.values()))
-            dist.all_reduce(total)
-            total /= dist.get_world_size()
-            energies = dict(zip(energies, total.unbind(), strict=True))
-        tiny = torch.finfo(torch.float32).tiny
-        return [energies[i].clamp_min(tiny) if i in energies else None for i in range(len(self.taps))]  # type: ignore[misc]
 
     def _compare(self, index: int, feature: Tensor) -> None:
         """Add the normalised error of the student's feature at one tap."""
@@ -137,8 +119,8 @@ class TeacherPass(Attachment):
 
     def __getstate__(self) -> dict[str, Any]:
         # What a forward leaves behind does not survive a copy: non-leaf tensors cannot.
-        passing = {"loss": None, "output": None, "_features": {}, "_energies": [], "_terms": []}
-        return {**self.__dict__, **passing}
+        passing: dict[str, Any] = {"_features": {}, "_energies": {}, "_terms": []}
+        return {**self.__dict__, **passing, "loss": None, "output": None}
 
 
 class _Probe(Attachment):
@@ -161,7 +143,7 @@ class _Probe(Attachment):
     def stop(self) -> None:
         self.calls = None
 
-    def see_output(self, _: nn.Module, args: Any, output: Any) -> None:
+    def see_output(self, _: nn.Module, __: Any, output: Any) -> None:
         self._count(output)
 
     def see_input(self, _: nn.Module, args: tuple[Any, ...]) -> None:
@@ -198,6 +180,22 @@ def _segments(tap: Tap, student: Student) -> tuple[Segment, ...] | None:
         segments.append(Segment(length, projection, first, blocks, stretch.repeat))
     cut = any(segment.projection is not None for segment in segments)
     return tuple(segments) if cut else None
+
+
+def _reduced(energies: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Sum ``‖I‖²`` of every tap over all processes, and divide by their number.
+
+    So the mean of the processes' losses, which is what DistributedDataParallel trains on, is the
+    loss of the whole batch.
+    """
+    if not energies:
+        return {}
+    total = torch.stack(list(energies.values()))
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(total)
+        total = total / dist.get_world_size()
+    total = total.clamp_min(torch.finfo(torch.float32).tiny)
+    return dict(zip(energies, total.unbind(), strict=True))
 
 
 def _at_least_float(x: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ def fold_(model: nn.Module, folds: Sequence[Fold]) -> None:
 def _absorb(layer: nn.Module, norm: nn.Module) -> None:
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, nn.Parameter)  # noqa: S101 - the reading has checked it
-    scale = torch.rsqrt(_tensor(norm, "running_var", 1.0, weight) + float(norm.eps))  # type: ignore[arg-type]
+    variance = _tensor(norm, "running_var", 1.0, weight)
+    scale = torch.rsqrt(variance + float(norm.eps))  # type: ignore[arg-type]
     scale = scale * _tensor(norm, "weight", 1.0, weight)
     shift = _tensor(norm, "bias", 0.0, weight) - _tensor(norm, "running_mean", 0.0, weight) * scale
     if isinstance(bias, Tensor):
@@ -63,7 +64,7 @@ def _like(old: nn.Parameter, value: Tensor) -> nn.Parameter:
 
 
 def _remainder(norm: nn.Module) -> nn.Module:
-    """Return what a norm still does once its affine map is gone: timm's norms hold an activation."""
+    """Return what a norm does besides its affine map: timm's norms hold an activation."""
     parts = [getattr(norm, name, None) for name in ("drop", "act")]
     kept = [p for p in parts if isinstance(p, nn.Module) and not isinstance(p, nn.Identity)]
     rest = nn.Identity() if not kept else kept[0] if len(kept) == 1 else nn.Sequential(*kept)
@@ -96,7 +97,7 @@ def _plain_convolution(layer: nn.Module) -> nn.Conv2d:
         bias=layer.bias is not None,
         device="meta",
     )
-    plain.weight = _like(layer.weight, weight)
+    plain.weight = _like(layer.weight, weight)  # type: ignore[arg-type]
     plain.bias = layer.bias
     plain.train(layer.training)
     return plain

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from torchcap.projection.maps import shared_bases
 from torchcap.projection.parametrizations import ProjectAxis
-from torchcap.transform.student import Attachment, Student, attachments, student_of, unwrapped
+from torchcap.transform.student import Student, attachments, student_of, unwrapped
 
 _HOOKS = (
     "_forward_hooks",
@@ -68,7 +68,7 @@ def materialize(student: M) -> M:
 def _is_projected(module: nn.Module) -> bool:
     return parametrize.is_parametrized(module) and any(
         isinstance(parametrization, ProjectAxis)
-        for chain in module.parametrizations.values()  # type: ignore[union-attr, operator]
+        for chain in module.parametrizations.values()  # type: ignore[operator]
         for parametrization in chain
     )
 
@@ -79,8 +79,8 @@ def _plain_layer(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     Deep-copying a parametrized module would share the class that was injected into it, properties
     and all; so the layer is put together from its parts.
     """
-    projected = module.parametrizations  # type: ignore[union-attr]
-    plain = object.__new__(type(module).__bases__[0])
+    projected: Any = module.parametrizations
+    plain: nn.Module = object.__new__(type(module).__bases__[0])
     plain.__dict__.update(
         {
             name: copy.deepcopy(value, memo)
@@ -91,10 +91,10 @@ def _plain_layer(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     children = [(n, child) for n, child in module._modules.items() if n != "parametrizations"]
     plain._modules = {name: copy.deepcopy(child, memo) for name, child in children}
     plain._parameters, plain._buffers = {}, {}
-    names = [*module._parameters, *module._buffers, *projected]  # type: ignore[misc]
+    names = [*module._parameters, *module._buffers, *projected]
     for name in sorted(names, key=lambda name: name != "weight"):  # torch's order, weight first
-        if name in projected:  # type: ignore[operator]
-            original = projected[name].original  # type: ignore[index]
+        if name in projected:
+            original = projected[name].original
             value: Tensor | None = _laid_out(getattr(module, name), original)
             trained = isinstance(original, nn.Parameter)
             value = nn.Parameter(value) if trained else value  # type: ignore[arg-type]
@@ -107,10 +107,9 @@ def _plain_layer(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 def _laid_out(tensor: Tensor, original: Tensor) -> Tensor:
     """Return a copy with the memory format of the tensor that it was projected from."""
-    last = torch.channels_last
-    if original.dim() == 4 and original.is_contiguous(memory_format=last):
-        if not original.is_contiguous():
-            return tensor.detach().clone(memory_format=last)
+    last = original.dim() == 4 and not original.is_contiguous()
+    if last and original.is_contiguous(memory_format=torch.channels_last):
+        return tensor.detach().clone(memory_format=torch.channels_last)
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
@@ -135,9 +134,7 @@ def _restore_flags_(small: nn.Module, state: Student) -> None:
 
 def _erase_identities_(graph_module: fx.GraphModule, paths: Iterable[str]) -> None:
     """Erase the nodes of folded norms that left nothing behind, and the modules with them."""
-    gone = {
-        path for path in paths if isinstance(graph_module.get_submodule(path), nn.Identity)
-    }
+    gone = {path for path in paths if isinstance(graph_module.get_submodule(path), nn.Identity)}
     for node in graph_module.graph.find_nodes(op="call_module"):
         if node.target in gone:
             node.replace_all_uses_with(node.args[0])

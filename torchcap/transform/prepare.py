@@ -15,7 +15,7 @@ from torchcap.graph.spaces import ChannelSpace, Port, SpaceGraph
 from torchcap.plan.plan import Plan
 from torchcap.projection.maps import Projection, Selection, Stiefel
 from torchcap.projection.parametrizations import ProjectAxis, ProjectInput, ProjectOutput, Segment
-from torchcap.transform.student import Student
+from torchcap.transform.student import FrozenStatistics, Student
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +56,16 @@ def project_(
         _register(model, axis, found, projections, homeless)
     if features is not None:
         _set_feature_sizes_(model, features, _classifier_width(model) or features)
-    norms = tuple(
-        module
-        for module in model.modules()
-        if isinstance(module, _NormBase) and module.track_running_stats
+    for module in model.modules():
+        if isinstance(module, _NormBase) and module.track_running_stats:
+            FrozenStatistics().attach(module)
+    student = Student(
+        graph=folded,
+        plan=plan,
+        projections=projections,
+        trainable=trainable,
+        folds=graph.folds,
     )
-    student = Student(folded, plan, projections, trainable, graph.folds, norms)
     student.attach(model)
     return student
 
@@ -161,7 +165,7 @@ def _classifier_width(model: nn.Module) -> int | None:
 
 
 def _set_feature_sizes_(model: nn.Module, before: int, after: int) -> None:
-    """Set timm's ``num_features`` and the like, which ``reset_classifier`` builds its layer from."""
+    """Set timm's ``num_features`` and the like, which ``reset_classifier`` builds from."""
     for name in ("num_features", "head_hidden_size"):
         if getattr(model, name, None) == before:
             with contextlib.suppress(AttributeError):  # a read-only property follows by itself

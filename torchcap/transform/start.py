@@ -1,4 +1,4 @@
-"""Where training of the projections starts: the tensors around each space, given to an initializer."""
+"""Where training starts: the tensors around each space, given to an initializer."""
 
 from __future__ import annotations
 
@@ -83,7 +83,12 @@ def _context(
         for port in space.producers
         if port.parameter == "weight"
     ]
-    readings = [(port, moments.get((space.name, port))) for port in space.consumers]
+    # A readout is a weight with its moments, so without data there are none.
+    readings = [
+        (port, moments[space.name, port])
+        for port in space.consumers
+        if (space.name, port) in moments
+    ]
     return SpaceContext(
         name=space.name,
         channels=space.channels,
@@ -92,7 +97,7 @@ def _context(
         selection=space.freedom == "selection",
         producers=tuple(producers),
         readouts=tuple(_readout(model, space, port, reading) for port, reading in readings),
-        moment=_own_moment(space, [reading for _, reading in readings if reading is not None]),
+        moment=_own_moment(space, [reading for _, reading in readings]),
     )
 
 
@@ -121,16 +126,12 @@ def _embedded(rows: Tensor, port: Port, channels: int) -> Tensor:
     return full
 
 
-def _readout(
-    model: nn.Module, space: ChannelSpace, port: Port, reading: _Reading | None
-) -> Readout:
+def _readout(model: nn.Module, space: ChannelSpace, port: Port, reading: _Reading) -> Readout:
     rows = _rows(model, port)
     channels, repeat, out, kernel = rows.shape
     part = rows.permute(2, 0, 1, 3).reshape(out, channels, repeat * kernel)
     weight = part.new_zeros(out, space.channels, repeat * kernel)
     weight[:, port.start : port.start + channels] = part
-    if reading is None:
-        return Readout(weight)
     moment = reading.moments.second_moment
     size = len(moment) // channels
     full = moment.new_zeros(space.channels, size, space.channels, size)
@@ -167,9 +168,7 @@ def _own_moment(space: ChannelSpace, readings: list[_Reading]) -> Tensor | None:
 
 
 @torch.no_grad()
-def _collect(
-    model: nn.Module, spaces: list[ChannelSpace], data: Batches
-) -> dict[_Key, _Reading]:
+def _collect(model: nn.Module, spaces: list[ChannelSpace], data: Batches) -> dict[_Key, _Reading]:
     """Run the data through the model and sum up the moments of every consumer's input."""
     readings: dict[_Key, _Reading] = {}
     by_module: dict[str, list[_Reading]] = {}

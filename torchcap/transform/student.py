@@ -1,8 +1,8 @@
 """The student: what a prepared model carries besides its parametrized layers.
 
 The model stays an instance of the user's class. Its state is a :class:`Student`, held by a hook on
-the root module: before a forward it computes every ``P`` once, batched by shape, and freezes the
-statistics of norms that could not be folded; after it, all is as it was.
+the root module: before a forward it computes every ``P`` once, batched by shape, and after it lets
+them go. Norms that could not be folded run on frozen statistics, whatever the mode.
 """
 
 from __future__ import annotations
@@ -39,19 +39,17 @@ class Student(Attachment):
 
     def __init__(
         self,
+        *,
         graph: SpaceGraph,
         plan: Plan,
         projections: Mapping[str, Projection],
         trainable: Mapping[str, bool],
         folds: tuple[Fold, ...],
-        norms: tuple[nn.Module, ...],
     ) -> None:
         self.graph, self.plan = graph, plan
         self.projections = dict(projections)
         self.trainable = dict(trainable)
         self.folds = folds
-        self._norms = norms
-        self._thawed: list[nn.Module] = []
 
     def attach(self, model: nn.Module) -> None:
         """Hang this state on the root of a model."""
@@ -59,18 +57,32 @@ class Student(Attachment):
         model.register_forward_hook(self.after_forward, always_call=True)
 
     def before_forward(self, *_: Any) -> None:
-        """Share the bases and freeze the statistics of the norms, for one forward."""
+        """Compute every ``P``, for all its uses in one forward."""
         share_bases(list(self.projections.values()))
-        self._thawed = [norm for norm in self._norms if norm.training]
-        for norm in self._thawed:
-            norm.training = False
 
     def after_forward(self, *_: Any) -> None:
-        """Undo :meth:`before_forward`; called after an error too."""
+        """Let the shared ``P`` go; called after an error too."""
         release_bases(list(self.projections.values()))
-        for norm in self._thawed:
-            norm.training = True
-        self._thawed = []
+
+
+class FrozenStatistics(Attachment):
+    """Makes a norm use its running statistics in training mode too, and leave them as they are."""
+
+    def __init__(self) -> None:
+        self._was_training = False
+
+    def attach(self, norm: nn.Module) -> None:
+        """Hang this on a norm."""
+        norm.register_forward_pre_hook(self.freeze)
+        norm.register_forward_hook(self.thaw, always_call=True)
+
+    def freeze(self, norm: nn.Module, _: Any) -> None:
+        """Put the norm into evaluation mode for one call."""
+        self._was_training, norm.training = norm.training, False
+
+    def thaw(self, norm: nn.Module, *_: Any) -> None:
+        """Put the norm back into the mode that it had."""
+        norm.training = self._was_training
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
