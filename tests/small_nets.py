@@ -28,16 +28,14 @@ def labels(count: int = 4) -> Tensor:
 
 def built(make: Callable[[], nn.Module], *, seed: int = 0) -> nn.Module:
     """Return a network in float64 and eval mode, as if trained: every norm has its own numbers."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = make().double()
-        for module in model.modules():
-            for name in ("running_mean", "running_var", "weight", "bias"):
-                tensor = getattr(module, name, None)
-                if isinstance(tensor, Tensor) and tensor.dim() == 1:
-                    noise = torch.randn(tensor.shape, dtype=tensor.dtype)
-                    scale = name == "running_var" or (name == "weight" and tensor.numel() > 1)
-                    tensor.data.copy_(0.5 + noise.abs() if scale else 0.3 * noise)
+    generator = torch.Generator().manual_seed(seed)
+    model = make().double()
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+            scale = name.endswith("running_var") or (name.endswith("weight") and noise.dim() == 1)
+            fan_in = max(1, noise[:1].numel())
+            tensor.copy_(0.5 + noise.abs() if scale else noise * (1.5 / fan_in) ** 0.5)
     return model.eval()
 
 
@@ -248,14 +246,15 @@ def values(model: nn.Module) -> dict[str, Tensor]:
 def reachable(root: Any) -> Iterator[Any]:
     """Iterate over the objects that ``root`` holds on to by attributes, containers and closures."""
     seen: set[int] = set()
-    kept = [root]  # keeps temporary objects alive, so that an id stays theirs
-    while kept[len(seen) :] if False else kept:
-        item = kept.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        yield item
-        kept.extend(_held_by(item))
+    alive: list[Any] = []  # so that an id stays that of one object
+    waiting = [root]
+    while waiting:
+        item = waiting.pop()
+        if id(item) not in seen:
+            seen.add(id(item))
+            alive.append(item)
+            yield item
+            waiting.extend(_held_by(item))
 
 
 def _held_by(item: Any) -> list[Any]:

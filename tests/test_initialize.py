@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
@@ -83,8 +83,6 @@ def brute_force(space: SpaceContext) -> list[list[int]]:
             for c in present
             if lost[c // space.block_channels] < space.block_channels - space.block_rank
         }
-        best, second = sorted([*costs.values(), math.inf])[:2]
-        assume(second > best * (1 + 1e-6))  # a tie may fall either way
         worst = min(costs, key=costs.__getitem__)
         present.remove(worst)
         lost[worst // space.block_channels] += 1
@@ -268,7 +266,8 @@ def test_weight_after_any_drops_is_the_least_squares_weight_of_the_rest(
     rest = [c for c in range(channels) if c not in order]
     assert_close(elimination.weight, best_weight(weight, moment, rest))
     assert_close(total, least_error(weight, moment, rest))
-    assert_close(elimination.costs()[order], torch.zeros(len(order), dtype=torch.float64))
+    assert not elimination.weight[:, order].any()
+    assert not elimination.costs()[order].any()
 
 
 def test_elimination_leaves_its_arguments_alone():
@@ -359,13 +358,16 @@ def test_a_selection_that_loses_nothing_is_found_in_a_singular_moment(dtype, rid
     assert [channel // 2 for channel in kept(basis)[0]] == [0, 1, 2, 3]
 
 
-def test_a_moment_summed_in_float32_may_be_slightly_indefinite():
-    rows = random(30, 2) @ random(2, 60)
-    moment = rows.mT @ rows
-    moment -= 1e-6 * moment.trace() * torch.eye(60)
-    readout = Readout(random(4, 60, 1), moment.float())
-    basis = GreedySelection(ridge=1e-9)(SpaceContext("space", 60, 30, readouts=(readout,)))
-    assert len(set(kept(basis)[0])) == 30
+def test_ridge_grows_tenfold_until_a_slightly_indefinite_moment_is_definite():
+    moment = random_moment(10)
+    values, vectors = torch.linalg.eigh(moment)
+    values[0] = -5e-5 * values[1:].mean()
+    moment = (vectors * values) @ vectors.mT
+    readout = Readout(random(4, 10, 1), moment)
+    space = SpaceContext("space", 10, 4, readouts=(readout,))
+    choice = GreedySelection(ridge=1e-9)(space)
+    assert torch.equal(choice, GreedySelection(ridge=1e-4)(space))
+    assert not torch.equal(choice, GreedySelection(ridge=1.0)(space))
 
 
 def test_a_readout_of_dead_inputs_has_no_say():

@@ -225,6 +225,7 @@ def convs(draw) -> tuple[nn.Module, Tensor]:
     return layer, x
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 @settings(deadline=None, max_examples=150, print_blob=True)
 @given(convs())
 def test_patches_of_a_convolution_times_its_weight_are_its_output(case):
@@ -254,6 +255,13 @@ def test_weight_standardised_convolutions_pad_like_their_plain_form(kind, kernel
     x = torch.randn(2, 2, 7, 8, generator=seeded(0))
     layer, plain = kind(2, 3, kernel, stride=stride), Conv2dSame(2, 3, kernel, stride=stride)
     assert layer.same_pad is ((kernel, stride) != (3, 1))  # the last one pads statically
+    assert torch.equal(input_patches(layer, x), input_patches(plain, x))
+
+
+@pytest.mark.parametrize("kind", [StdConv2dSame, ScaledStdConv2dSame])
+def test_weight_standardised_convolutions_may_pad_by_fixed_amounts(kind):
+    x = torch.randn(2, 2, 8, 8, generator=seeded(0))
+    layer, plain = kind(2, 3, 3, stride=2, padding=""), nn.Conv2d(2, 3, 3, stride=2, padding=1)
     assert torch.equal(input_patches(layer, x), input_patches(plain, x))
 
 

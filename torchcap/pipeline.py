@@ -11,8 +11,9 @@ from torch import nn
 
 from torchcap.errors import ModelError, NothingToCompressError, PlanError
 from torchcap.graph.analyze import analyze
-from torchcap.graph.rules import Rule, Target
+from torchcap.graph.rules import Target
 from torchcap.graph.trace import ExampleInputs
+from torchcap.graph.values import Rule
 from torchcap.plan.plan import Plan
 from torchcap.projection.initialize import GreedySelection, Initializer, LargestNorm
 from torchcap.training.taps import TeacherPass

@@ -2,9 +2,9 @@
 
     python examples/benchmarks/latency.py --threads 2
 
-The network built by hand has half the channels inside every block and no BatchNorm (it is folded
-into the convolutions). It takes over the weights of the materialized one, so the run stops unless
-both have the same layers and give the same output.
+The network built by hand has half the channels inside every block (and in ResNet-50's stem) and no
+BatchNorm, which is folded into the convolutions. It takes over the weights of the materialized one,
+so the run stops unless both have the same layers and give the same output.
 """
 
 from __future__ import annotations
@@ -88,7 +88,13 @@ def cifar_by_hand() -> nn.Module:
 
 def resnet50_by_hand() -> nn.Module:
     # A block's interior is planes * width_per_group / 64 channels wide, in both of its spaces.
-    return without_batchnorm(resnet50(width_per_group=32))
+    model = resnet50(width_per_group=32)
+    # The stem is a space of its own, which the first block and its shortcut read.
+    first = model.layer1[0]
+    model.conv1 = nn.Conv2d(3, 32, 7, stride=2, padding=3)
+    first.conv1 = nn.Conv2d(32, first.conv1.out_channels, 1)
+    first.downsample[0] = nn.Conv2d(32, first.downsample[0].out_channels, 1)
+    return without_batchnorm(model)
 
 
 def without_batchnorm(model: nn.Module) -> nn.Module:

@@ -18,16 +18,9 @@ from torchcap.graph.rules import (
     LINEARS,
     READS_SIZES,
     RULES,
-    Call,
-    Channels,
-    Extent,
-    Rule,
     Target,
-    Value,
     find_module_rule,
     find_rule,
-    flat,
-    opaque,
 )
 from torchcap.graph.spaces import (
     ChannelSpace,
@@ -40,6 +33,7 @@ from torchcap.graph.spaces import (
 )
 from torchcap.graph.taps import Sight, find_sights
 from torchcap.graph.trace import ExampleInputs, Traced, trace
+from torchcap.graph.values import Call, Channels, Extent, Rule, Value, flat, opaque
 
 
 def analyze(
@@ -176,6 +170,7 @@ class _Reading:
             module=reading.module.get_submodule(path) if node.op == "call_module" else None,
             path=path,
             table=self.table,
+            rule_of=lambda module: find_module_rule(module, self.rules),
             folded=path in self.folded,
         )
 

@@ -8,14 +8,8 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from torchcap.graph.rules import (
-    RULES,
-    STANDARDIZED,
-    batch_norm,
-    convolution,
-    find_module_rule,
-    linear,
-)
+from torchcap.graph.layers import batch_norm, convolution, linear
+from torchcap.graph.rules import RULES, STANDARDIZED, find_module_rule
 from torchcap.graph.spaces import Fold
 
 

@@ -15,21 +15,11 @@ from typing import Literal
 
 from torch import Tensor, fx, nn
 
-from torchcap.graph.rules import (
-    RULES,
-    Channels,
-    Opaque,
-    Rule,
-    Value,
-    addition,
-    batch_norm,
-    convolution,
-    find_rule,
-    linear,
-    pointwise,
-    unchanged,
-)
+from torchcap.graph.layers import batch_norm, convolution, linear
+from torchcap.graph.operators import addition, pointwise, unchanged
+from torchcap.graph.rules import RULES, find_rule
 from torchcap.graph.trace import Traced
+from torchcap.graph.values import Channels, Opaque, Rule, Value
 
 
 @dataclass(frozen=True, slots=True)

@@ -439,10 +439,10 @@ def _regular_inverse(moment: Tensor, ridge: float, space: SpaceContext) -> Tenso
     scale = diagonal.mean().item()
     if scale == 0:  # all inputs are dead: the costs are to be next to nothing, yet finite
         scale = torch.finfo(torch.float32).tiny
-    # Moments summed in float32 can be indefinite by more than a small ridge: raise it until it
-    # holds.
+    # Moments summed in float32 can be indefinite by more than a small ridge: raise it tenfold
+    # until it holds.
     added = 0.0
-    while scale > 0 and added < max(ridge, 1.0):
+    while added < max(ridge, 1.0):
         wanted = 10 * added if added else ridge
         diagonal.add_((wanted - added) * scale)
         added = wanted

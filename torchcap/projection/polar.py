@@ -50,13 +50,8 @@ def polar(matrix: Tensor) -> Tensor:
     References:
         Minnehan & Savakis, "Cascaded Projection", CVPR 2019, sec. 3.6 (the proxy of PMaP).
     """
-    shape = tuple(matrix.shape)
-    if len(shape) < 2 or shape[-1] > shape[-2]:
-        expected = "expected (..., channels, rank) with rank <= channels"
-        raise ValueError(f"matrix of shape {shape} is not tall; {expected}")
-    if not matrix.is_floating_point():
-        raise ValueError(f"matrix is {matrix.dtype}; expected a real floating-point type")
-    return cast("Tensor", _Polar.apply(matrix)) if matrix.numel() else matrix.clone()
+    _check(matrix)
+    return cast("Tensor", _polar(matrix)) if matrix.numel() else matrix.clone()
 
 
 def polar_many(matrices: Sequence[Tensor]) -> list[Tensor]:
@@ -74,6 +69,7 @@ def polar_many(matrices: Sequence[Tensor]) -> list[Tensor]:
     factors = list(matrices)
     groups = defaultdict(list)
     for index, matrix in enumerate(matrices):
+        _check(matrix)
         groups[matrix.shape[-2:], matrix.dtype, matrix.device].append(index)
     for group in groups.values():
         stacks = [matrices[index][None].flatten(0, -3) for index in group]
@@ -81,6 +77,15 @@ def polar_many(matrices: Sequence[Tensor]) -> list[Tensor]:
         for index, factor in zip(group, batch, strict=True):
             factors[index] = factor.reshape(matrices[index].shape)
     return factors
+
+
+def _check(matrix: Tensor) -> None:
+    shape = tuple(matrix.shape)
+    if len(shape) < 2 or shape[-1] > shape[-2]:
+        expected = "expected (..., channels, rank) with rank <= channels"
+        raise ValueError(f"matrix of shape {shape} is not tall; {expected}")
+    if not matrix.is_floating_point():
+        raise ValueError(f"matrix is {matrix.dtype}; expected a real floating-point type")
 
 
 # Note [closed-form polar gradient]
@@ -129,6 +134,10 @@ class _Polar(torch.autograd.Function):
                 return _pull_back(G, *saved).to(gradient.dtype)
             steps = _powers(ctx.contraction, ctx.tolerance) - 1
             return _pull_back_by_series(G, *saved, steps=steps).to(gradient.dtype)
+
+
+# What it does depends on the values: traced, each number of powers would be compiled anew.
+_polar = torch.compiler.disable(_Polar.apply)  # type: ignore[no-untyped-call]  # torch has no types
 
 
 def _by_series(X: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor, float] | None:
@@ -219,7 +228,7 @@ def _pull_back(G: Tensor, U: Tensor, s: Tensor, V: Tensor) -> Tensor:
 def _working_dtype(matrix: Tensor) -> torch.dtype:
     """Return float32 for single precision whose products are exact, and float64 for the rest."""
     backend = torch.backends.cuda if matrix.is_cuda else torch.backends.mkldnn
-    exact = backend.matmul.fp32_precision in {"none", "ieee"}  # not TF32, not bfloat16
+    exact = backend.matmul.fp32_precision not in {"tf32", "bf16"}
     return torch.float32 if exact and matrix.dtype != torch.float64 else torch.float64
 
 

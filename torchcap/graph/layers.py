@@ -1,0 +1,167 @@
+"""Rules of layers that own parameters: convolutions, linear layers, norms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import nn
+
+from torchcap.graph.channels import Ids
+from torchcap.graph.operators import pointwise, unchanged
+from torchcap.graph.values import Call, Channels, Value
+
+# --------------------------------------------------------------------------------------------------
+# Layers that write and read channels
+
+
+def convolution(call: Call) -> Value:
+    """A convolution: grouped, depthwise or dense, over one to three dimensions."""
+    layer = call.module
+    assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)  # noqa: S101 - from the table
+    x = call.argument(0, "input")
+    if not call.plain("weight", "bias", "gain"):
+        return call.give_up(f"the weight of {call.label} is already parametrized")
+    dim = len(call.shape) - layer.weight.dim() + 1
+    if isinstance(x, Channels) and x.dim != dim:
+        return call.give_up(f"{call.label} convolves along the channels")
+    if isinstance(x, Channels) and layer.groups == layer.in_channels > 1:
+        return _depthwise(call, layer, x)
+    reading = call.table.axis(
+        call.path, [("weight", 1)], "consumer", layer.in_channels, layer.groups
+    )
+    _read(call, x, reading)
+    writing = _written(call, layer.out_channels)
+    if layer.groups > 1:
+        why = f"does not fall evenly into the {layer.groups} groups of {call.label}"
+        call.table.balance(reading.reshape(layer.groups, -1), why)
+        call.table.balance(writing.reshape(layer.groups, -1), why)
+    return Channels(call.shape, dim, writing)
+
+
+def _depthwise(call: Call, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Channels) -> Value:
+    tensors = [(n, 0) for n in ("weight", "bias", "gain") if call.has(n)]
+    ids = call.table.axis(call.path, tensors, "carrier", layer.out_channels)
+    call.table.join(ids, np.repeat(x.ids, layer.out_channels // layer.in_channels))
+    call.table.select(ids, f"depthwise convolution {call.path!r}")
+    return Channels(call.shape, x.dim, ids)
+
+
+def linear(call: Call) -> Value:
+    """A linear layer over the last dimension."""
+    layer = call.module
+    assert isinstance(layer, nn.Linear)  # noqa: S101 - from the table
+    x = call.argument(0, "input")
+    if not call.plain("weight", "bias"):
+        return call.give_up(f"the weight of {call.label} is already parametrized")
+    if isinstance(x, Channels) and x.dim != len(x.shape) - 1:
+        return call.give_up(f"{call.label} mixes another dimension than the channels")
+    _read(call, x, call.table.axis(call.path, [("weight", 1)], "consumer", layer.in_features))
+    return Channels(call.shape, len(call.shape) - 1, _written(call, layer.out_features))
+
+
+def _read(call: Call, x: Value, reading: Ids) -> None:
+    if isinstance(x, Channels):
+        call.table.join(reading, x.ids)
+    else:
+        call.table.fix(reading, f"{call.label} reads a tensor whose channels are not followed")
+
+
+def _written(call: Call, count: int) -> Ids:
+    tensors = [(name, 0) for name in ("weight", "bias", "gain") if call.has(name)]
+    return call.table.axis(call.path, tensors, "producer", count)
+
+
+# --------------------------------------------------------------------------------------------------
+# Layers that act on each channel alone, with parameters of their own
+
+
+def batch_norm(call: Call) -> Value:
+    """Batch normalisation, with the activation that timm puts into it."""
+    x = call.argument(0, "input")
+    if not isinstance(x, Channels):
+        return call.give_up(call.unexpected)
+    names = ("weight", "bias", "running_mean", "running_var")
+    if x.dim != 1 or not call.plain(*names):
+        return call.give_up(f"{call.label} does not normalise along the channels")
+    if not _act_is_pointwise(call):
+        return call.give_up(f"the activation inside {call.label} has no rule")
+    _carry(call, x, names, 0, None if call.folded else f"per-channel affine of {call.path!r}")
+    return call.like(x)
+
+
+def _act_is_pointwise(call: Call) -> bool:
+    """Bend the channels if the norm has an activation inside; whether it is one with a rule."""
+    for name in ("drop", "act"):
+        inner = getattr(call.module, name, None)
+        rule = call.rule_of(inner) if isinstance(inner, nn.Module) else None
+        if rule is pointwise:
+            for x in call.followed():
+                call.table.bend(x.ids)
+        elif inner is not None and rule is not unchanged:
+            return False
+    return True
+
+
+def layer_norm(call: Call) -> Value:
+    """Layer normalisation over the last dimension."""
+    return _norm_over_channels(call, len(call.shape) - 1)
+
+
+def layer_norm_2d(call: Call) -> Value:
+    """Layer normalisation over the channels of an image."""
+    return _norm_over_channels(call, 1)
+
+
+def _norm_over_channels(call: Call, dim: int) -> Value:
+    x = call.argument(0, "input")
+    if not isinstance(x, Channels):
+        return call.give_up(call.unexpected)
+    shape = getattr(call.module, "normalized_shape", ())
+    if x.dim != dim or len(shape) != 1 or not call.plain("weight", "bias"):
+        return call.give_up(f"{call.label} does not normalise over the channels alone")
+    if not _act_is_pointwise(call):
+        return call.give_up(f"the activation inside {call.label} has no rule")
+    _carry(call, x, ("weight", "bias"), 0, f"norm over channels {call.path!r}")
+    return call.like(x)
+
+
+def group_norm(call: Call) -> Value:
+    """Group normalisation: channels may be dropped, as many from each group."""
+    layer = call.module
+    assert isinstance(layer, nn.GroupNorm)  # noqa: S101 - from the table
+    x = call.argument(0, "input")
+    if not isinstance(x, Channels):
+        return call.give_up(call.unexpected)
+    if x.dim != 1 or not call.plain("weight", "bias"):
+        return call.give_up(f"{call.label} does not normalise along the channels")
+    if not _act_is_pointwise(call):
+        return call.give_up(f"the activation inside {call.label} has no rule")
+    _carry(call, x, ("weight", "bias"), 0, f"group norm {call.path!r}")
+    call.table.select(x.ids, f"group norm {call.path!r}")
+    pieces = x.ids.reshape(layer.num_groups, -1)
+    call.table.balance(pieces, f"does not fall evenly into the groups of {call.label}")
+    return call.like(x)
+
+
+def prelu(call: Call) -> Value:
+    """A PReLU, whose slope may be one for all channels or one for each."""
+    x = call.argument(0, "input")
+    if not isinstance(x, Channels):
+        return call.give_up(call.unexpected)
+    weight = getattr(call.module, "weight", None)
+    if weight is None or weight.numel() == 1:
+        return pointwise(call)
+    if x.dim != 1 or not call.plain("weight"):
+        return call.give_up(f"{call.label} does not act along the channels")
+    _carry(call, x, ("weight",), 0, f"per-channel slope of {call.path!r}")
+    return call.like(x)
+
+
+def _carry(call: Call, x: Channels, names: Sequence[str], axis: int, select: str | None) -> None:
+    tensors = [(name, axis) for name in names if call.has(name)]
+    if tensors:
+        ids = call.table.axis(call.path, tensors, "carrier", len(x.ids))
+        call.table.join(ids, x.ids)
+    if select is not None:
+        call.table.select(x.ids, select)

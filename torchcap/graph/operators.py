@@ -1,0 +1,369 @@
+"""Rules of operators without parameters: pointwise functions, sums, concatenation, reshaping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from torchcap.graph.channels import Ids
+from torchcap.graph.values import Call, Channels, Extent, Opaque, Rule, Value, flat
+
+# --------------------------------------------------------------------------------------------------
+# One tensor in, one out, channel by channel
+
+
+def unchanged(call: Call) -> Value:
+    """The tensor itself, in evaluation mode."""
+    x = call.argument(0, "input")
+    return call.like(x) if isinstance(x, Channels) else call.give_up(call.unexpected)
+
+
+def pointwise(call: Call) -> Value:
+    """One function of one variable, the same for all entries."""
+    x = call.argument(0, "input")
+    if not isinstance(x, Channels):
+        return call.give_up(call.unexpected)
+    if sum(isinstance(v, Channels | Opaque) for v in flat((call.args, call.kwargs))) > 1:
+        return call.give_up(f"{call.label} reads several tensors")
+    call.table.bend(x.ids)
+    return call.like(x)
+
+
+def spatial(trailing: int, *, bends: bool = False) -> Rule:
+    """Make the rule of an operator over the last ``trailing`` dimensions, channel by channel."""
+
+    def rule(call: Call) -> Value:
+        x = call.argument(0, "input")
+        if not isinstance(x, Channels) or not isinstance(call.result, Tensor):
+            return call.give_up(f"{call.label} gives several results")
+        if x.dim >= len(x.shape) - trailing:
+            return call.give_up(f"{call.label} acts along the channels")
+        if bends:
+            call.table.bend(x.ids)
+        return call.like(x)
+
+    return rule
+
+
+def interpolation(call: Call) -> Value:
+    """Resampling of all dimensions behind the second one."""
+    x = call.argument(0, "input")
+    if not isinstance(x, Channels):
+        return call.give_up(call.unexpected)
+    return call.like(x) if x.dim == 1 else call.give_up(f"{call.label} acts along the channels")
+
+
+def padding(call: Call) -> Value:
+    """Padding; channels that are padded too (option A shortcuts) stay as they are."""
+    x = call.argument(0, "input")
+    if not isinstance(x, Channels):
+        return call.give_up(call.unexpected)
+    module = call.module
+    amounts = call.argument(1, "pad") if module is None else getattr(module, "padding", None)
+    value = call.argument(3, "value") if module is None else getattr(module, "value", None)
+    if not isinstance(amounts, tuple | list) or not all(isinstance(a, int) for a in amounts):
+        return call.give_up(f"{call.label} pads by computed amounts")
+    behind = 2 * (len(x.shape) - 1 - x.dim)
+    if any(amounts[behind : behind + 2]):
+        return call.give_up(f"padded along the channels by {call.label} (option A shortcut)")
+    if value:
+        call.table.bend(x.ids)
+    return call.like(x)
+
+
+def scaling(call: Call) -> Value:
+    """Product or quotient of two tensors, or of a tensor and a number."""
+    return _combine(call, "multiplied with")
+
+
+def addition(call: Call) -> Value:
+    """Sum or difference of two tensors, or of a tensor and a number."""
+    return _combine(call, "added to")
+
+
+def _combine(call: Call, verb: str) -> Value:
+    left, right = call.argument(0, "input"), call.argument(1, "other")
+    if not call.kwargs.keys() <= {"input", "other"}:
+        return call.give_up(call.unexpected)
+    if isinstance(left, Channels) and isinstance(right, Channels):
+        return _combine_channels(call, left, right, verb)
+    x, other = (left, right) if isinstance(left, Channels) else (right, left)
+    if not isinstance(x, Channels):
+        return call.give_up(call.unexpected)
+    if isinstance(other, Opaque):
+        behind = len(x.shape) - x.dim
+        if len(other.shape) >= behind and other.shape[-behind] != 1:
+            return call.give_up(
+                f"{verb} a tensor whose channels are not followed, at {call.node.name!r}"
+            )
+    elif not isinstance(other, int | float):
+        return call.give_up(f"{verb} {type(other).__name__} at {call.node.name!r}")
+    # A term that is one for all channels does not commute with a rotation; a factor does.
+    if verb == "added to" or x is right:
+        call.table.bend(x.ids)
+    return call.like(x, x.dim + len(call.shape) - len(x.shape))
+
+
+def _combine_channels(call: Call, left: Channels, right: Channels, verb: str) -> Value:
+    same_dim = len(left.shape) - left.dim == len(right.shape) - right.dim
+    if not same_dim or len(left.ids) != len(right.ids):
+        return call.give_up(f"{verb} a tensor of other channels at {call.node.name!r}")
+    wide = left if len(left.shape) >= len(right.shape) else right
+    call.table.join(left.ids, right.ids)
+    if verb == "multiplied with":
+        call.table.select(left.ids, f"multiplied channel by channel at {call.node.name!r}")
+    elif not np.array_equal(left.ids, right.ids):
+        call.table.fix(left.ids, f"residual stream: joined at {call.node.name!r}")
+    return call.like(wide)
+
+
+def concatenation(call: Call) -> Value:
+    """Concatenation: along the channels a direct sum, along another dimension a join."""
+    tensors = call.argument(0, "tensors")
+    dim = call.argument(1, "dim", 0)
+    if not isinstance(dim, int) or not isinstance(tensors, tuple | list):
+        return call.give_up(f"{call.label} along a dimension that is computed")
+    dim %= len(call.shape)
+    followed = [t for t in tensors if isinstance(t, Channels)]
+    if not followed:
+        return call.give_up(call.unexpected)
+    at = followed[0].dim
+    if any(t.dim != at for t in followed):
+        return call.give_up(f"{call.label} of tensors with channels in different places")
+    pieces: list[Ids] = []
+    for tensor in tensors:
+        if isinstance(tensor, Channels):
+            pieces.append(tensor.ids)
+        elif isinstance(tensor, Opaque):
+            pieces.append(call.table.new(tensor.shape[at]))
+            call.table.fix(
+                pieces[-1], f"{call.label} with a tensor whose channels are not followed"
+            )
+    if dim == at:
+        return Channels(call.shape, at, np.concatenate(pieces))
+    for piece in pieces[1:]:
+        call.table.join(pieces[0], piece)
+    return Channels(call.shape, at, pieces[0])
+
+
+def chunk(call: Call) -> Value:
+    """Equal pieces along a dimension; pieces of the channels must stay equally wide."""
+    x, count = call.argument(0, "input"), call.argument(1, "chunks")
+    dim = call.argument(2, "dim", 0)
+    if not isinstance(x, Channels):
+        return call.give_up(call.unexpected)
+    if not isinstance(count, int) or not isinstance(dim, int):
+        return call.give_up(f"{call.label} with computed arguments")
+    shapes = [tuple(piece.shape) for piece in call.result]
+    if dim % len(x.shape) != x.dim:
+        return tuple(Channels(shape, x.dim, x.ids) for shape in shapes)
+    if len(shapes) != count or len(x.ids) % count:
+        return call.give_up(f"{call.label} into unequal pieces")
+    pieces = x.ids.reshape(count, -1)
+    call.table.balance(pieces, f"does not fall evenly into the pieces of {call.label}")
+    return tuple(Channels(shape, x.dim, row) for shape, row in zip(shapes, pieces, strict=True))
+
+
+def item(call: Call) -> Value:
+    """Indexing: of a tuple or mapping in the program, or of a tensor beside its channels."""
+    x, index = call.args
+    if not isinstance(x, Channels | Opaque):
+        return x[index] if isinstance(index, int | slice | str) else call.give_up("computed index")
+    if not isinstance(x, Channels):
+        return call.give_up(call.unexpected)
+    dim, position = _indexed_dim(x, index if isinstance(index, tuple) else (index,))
+    if dim is None:
+        return call.give_up(f"indexed along the channels or by a tensor at {call.node.name!r}")
+    return call.like(x, position)
+
+
+def _indexed_dim(x: Channels, index: tuple[Value, ...]) -> tuple[int | None, int]:
+    """Return the channel dimension (None if it is touched) and its place after indexing."""
+    if not all(
+        i is None or i is Ellipsis or (isinstance(i, int | slice) and not isinstance(i, bool))
+        for i in index
+    ):
+        return None, 0
+    if any(isinstance(v, Extent | Opaque | Channels) for v in flat(index)):
+        return None, 0
+    consumed = sum(i is not None and i is not Ellipsis for i in index)
+    source = target = 0
+    for entry in index if Ellipsis in index else (*index, Ellipsis):
+        skip = len(x.shape) - consumed if entry is Ellipsis else 1
+        if entry is None:
+            target += 1
+        elif source <= x.dim < source + skip:
+            whole = entry is Ellipsis or entry == slice(None)
+            return (x.dim if whole else None), target + x.dim - source
+        else:
+            source += skip
+            target += 0 if isinstance(entry, int) else skip
+    return None, 0
+
+
+def reduction(call: Call) -> Value:
+    """Mean over dimensions other than the channels."""
+    x, dims = call.argument(0, "input"), call.argument(1, "dim")
+    keep = call.argument(2, "keepdim", default=False)
+    if not isinstance(x, Channels):
+        return call.give_up(call.unexpected)
+    dims = (dims,) if isinstance(dims, int) else dims
+    if not isinstance(dims, tuple | list) or not all(isinstance(d, int) for d in dims):
+        return call.give_up(f"averaged over all dimensions at {call.node.name!r}")
+    reduced = {d % len(x.shape) for d in dims}
+    if x.dim in reduced:
+        return call.give_up(f"averaged over the channels at {call.node.name!r}")
+    return call.like(x, x.dim if keep else x.dim - sum(d < x.dim for d in reduced))
+
+
+# --------------------------------------------------------------------------------------------------
+# Operators that move dimensions
+
+
+def permutation(call: Call) -> Value:
+    """Permutation of all dimensions."""
+    x = call.args[0]
+    if not isinstance(x, Channels):
+        return call.give_up(call.unexpected)
+    order = call.argument(1, "dims")
+    order = order if isinstance(order, tuple | list) else call.args[1:]
+    if not all(isinstance(d, int) for d in order):
+        return call.give_up(f"permuted by computed dimensions at {call.node.name!r}")
+    return call.like(x, [d % len(x.shape) for d in order].index(x.dim))
+
+
+def transposition(call: Call) -> Value:
+    """Exchange of two dimensions."""
+    x = call.args[0]
+    if not isinstance(x, Channels):
+        return call.give_up(call.unexpected)
+    pair = [call.argument(1, "dim0"), call.argument(2, "dim1")]
+    if not all(isinstance(d, int) for d in pair):
+        return call.give_up(f"transposed by computed dimensions at {call.node.name!r}")
+    first, second = (d % len(x.shape) for d in pair)
+    return call.like(x, {first: second, second: first}.get(x.dim, x.dim))
+
+
+def insertion(call: Call) -> Value:
+    """``unsqueeze``: a new dimension of size one."""
+    x, dim = call.argument(0, "input"), call.argument(1, "dim")
+    if not isinstance(x, Channels):
+        return call.give_up(call.unexpected)
+    return call.like(x, x.dim + (dim % len(call.shape) <= x.dim))
+
+
+def flattening(call: Call) -> Value:
+    """``flatten``, as a function, a method or a module."""
+    x = call.argument(0, "input")
+    if call.module is not None:
+        start, end = int(call.module.start_dim), int(call.module.end_dim)  # type: ignore[arg-type]
+    else:
+        start, end = call.argument(1, "start_dim", 0), call.argument(2, "end_dim", -1)
+    if not isinstance(x, Channels):
+        return call.give_up(call.unexpected)
+    start, end = start % len(x.shape), end % len(x.shape)
+    return _merge(call, x, start, end)
+
+
+def reshaping(call: Call) -> Value:
+    """``view`` and ``reshape``, as far as they merge the channels with dimensions behind them."""
+    x = call.argument(0, "input")
+    sizes = call.args[1:] or (call.kwargs.get("shape", call.kwargs.get("size")),)
+    if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
+        sizes = tuple(sizes[0])
+    extents = [s for s in sizes if isinstance(s, Extent)]
+    if not isinstance(x, Channels):
+        return call.give_up(f"reshaped by the number of channels at {call.node.name!r}")
+    if len(x.shape) == 1 and call.shape.count(1) == len(call.shape) - 1 and not extents:
+        return _spread(call, x, sizes)
+    end = _last_merged(x.shape, call.shape, x.dim)
+    if end is None or len(sizes) != len(call.shape):
+        return call.give_up(f"reshaped across the channels at {call.node.name!r}")
+    size = sizes[x.dim]
+    follows = size == -1 or (
+        isinstance(size, Extent) and x.dim == end and np.array_equal(size.ids, x.ids)
+    )
+    if not follows or len(extents) != isinstance(size, Extent):
+        return call.give_up(f"reshaped to a fixed number of channels at {call.node.name!r}")
+    return _repeated(call, x, end)
+
+
+def _spread(call: Call, x: Channels, sizes: Sequence[Value]) -> Value:
+    """A vector (layer scale) with dimensions of size one put around its only one."""
+    dim = next(d for d, n in enumerate(call.shape) if n == len(x.ids))
+    if len(sizes) != len(call.shape) or sizes[dim] != -1:
+        return call.give_up(f"reshaped to a fixed number of channels at {call.node.name!r}")
+    return Channels(call.shape, dim, x.ids)
+
+
+def _repeated(call: Call, x: Channels, end: int) -> Channels:
+    """The channels merged with the dimensions behind them, up to ``end``."""
+    return Channels(call.shape, x.dim, np.repeat(x.ids, math.prod(x.shape[x.dim + 1 : end + 1])))
+
+
+def _last_merged(old: tuple[int, ...], new: tuple[int, ...], dim: int) -> int | None:
+    """Return the last of the dimensions that ``dim`` is merged with, if that is all that happens.
+
+    Dimensions before ``dim`` must stay: with a batch of one, shapes alone would not tell whether
+    the channels were merged with it.
+    """
+    if len(new) <= dim or new[:dim] != old[:dim]:
+        return None
+    end = dim
+    while math.prod(old[dim : end + 1]) < new[dim] and end + 1 < len(old):
+        end += 1
+    return end if math.prod(old[dim : end + 1]) == new[dim] else None
+
+
+def _merge(call: Call, x: Channels, start: int, end: int) -> Value:
+    if end < x.dim or start > x.dim:
+        return call.like(x, x.dim if end >= x.dim else x.dim - (end - start))
+    if start < x.dim:
+        return call.give_up(f"flattened with dimensions before the channels at {call.node.name!r}")
+    return _repeated(call, x, end)
+
+
+def packing(call: Call) -> Value:
+    """The making of a named tuple."""
+    return tuple(call.args)
+
+
+# --------------------------------------------------------------------------------------------------
+# Sizes
+
+
+def size(call: Call) -> Value:
+    """``x.size()``, ``x.size(dim)``: integers that remember which channels they count."""
+    x, dim = call.args[0], call.argument(1, "dim")
+    if not isinstance(x, Channels | Opaque):
+        return call.give_up(f"size of a {type(x).__name__}")
+    sizes = _sizes(x)
+    if isinstance(call.result, tuple):
+        return sizes
+    return sizes[dim] if isinstance(dim, int) else call.give_up("size of a computed dimension")
+
+
+def attribute(call: Call) -> Value:
+    """``getattr``: the shape of a tensor; whatever else does not follow channels."""
+    x, name = call.args[0], call.args[1]
+    if isinstance(x, Channels | Opaque):
+        if name == "shape":
+            return _sizes(x)
+        if name in {"dtype", "device", "ndim", "requires_grad", "is_cuda"}:
+            return call.result
+        return call.give_up(f"attribute {name!r} of a tensor")
+    return call.give_up(f"attribute {name!r}")
+
+
+def _sizes(x: Channels | Opaque) -> tuple[int | Extent, ...]:
+    at = x.dim if isinstance(x, Channels) else -1
+    ids = x.ids if isinstance(x, Channels) else np.empty(0, dtype=np.int64)
+    return tuple(Extent(ids) if d == at else n for d, n in enumerate(x.shape))
+
+
+def plain_result(call: Call) -> Value:
+    """A property of a tensor that does not depend on its channels (``dim()``)."""
+    return call.result

@@ -1,0 +1,155 @@
+"""Abstract values: what is known of a tensor's channels while a graph is read.
+
+A :class:`Channels` is a tensor whose channels are followed, an :class:`Opaque` any other tensor, an
+:class:`Extent` a size that follows channels; everything else is the plain Python value. A
+:class:`Call` is one operator with its abstract arguments, as a rule sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from torchcap.graph.channels import ChannelTable, Ids
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Opaque:
+    """A tensor whose channels are not followed: they never change."""
+
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Channels:
+    """A tensor whose channels are followed along one dimension.
+
+    Attributes:
+        shape: the shape with the example inputs.
+        dim: the dimension that holds the channels.
+        ids: the identity of each entry along ``dim``, shape ``(shape[dim],)``.
+    """
+
+    shape: tuple[int, ...]
+    dim: int
+    ids: Ids
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Extent:
+    """An integer of the traced program that is the number of some followed channels."""
+
+    ids: Ids
+
+
+Value = Any
+Rule = Callable[["Call"], Value]
+
+
+def flat(value: Value) -> Iterator[Value]:
+    """Iterate over the leaves of a nested value."""
+    if isinstance(value, Mapping):
+        for item in value.values():
+            yield from flat(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from flat(item)
+    elif isinstance(value, slice):
+        yield from (value.start, value.stop, value.step)
+    else:
+        yield value
+
+
+def opaque(result: Any) -> Value:
+    """Return the opaque counterpart of a concrete (fake) result."""
+    if isinstance(result, Tensor):
+        return Opaque(tuple(result.shape))
+    if isinstance(result, Mapping):
+        return {key: opaque(item) for key, item in result.items()}
+    if isinstance(result, tuple | list):
+        return tuple(opaque(item) for item in result)
+    return result
+
+
+@dataclass(slots=True)
+class Call:
+    """One operator of the graph, as its rule sees it.
+
+    Attributes:
+        node: the FX node.
+        args, kwargs: abstract values of the arguments.
+        result: the concrete result on the example inputs (fake tensors).
+        module, path: the module that is called and its qualified name, for a module call.
+        table: where channels are joined, fixed and restricted.
+        rule_of: finds the rule of a module, for layers that hold others inside.
+        folded: whether this is a normalisation that will be folded into the layer before it.
+    """
+
+    node: fx.Node
+    args: tuple[Value, ...]
+    kwargs: Mapping[str, Value]
+    result: Any
+    module: nn.Module | None
+    path: str
+    table: ChannelTable
+    rule_of: Callable[[nn.Module], Rule | None]
+    folded: bool = False
+
+    @property
+    def label(self) -> str:
+        """How messages name this operator."""
+        target = self.path if self.module is not None else _function_name(self.node.target)
+        return (
+            f"{target!r}" if self.module is None else f"{target!r} ({type(self.module).__name__})"
+        )
+
+    @property
+    def unexpected(self) -> str:
+        """The reason of a rule that finds arguments which it was not made for."""
+        return f"{self.label} has arguments that its rule does not know"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        return tuple(self.result.shape)
+
+    def argument(self, index: int, name: str, default: Value = None) -> Value:
+        """Return an argument by position or name."""
+        if index < len(self.args):
+            return self.args[index]
+        return self.kwargs.get(name, default)
+
+    def followed(self) -> list[Channels]:
+        """Return the tensors among the arguments whose channels are followed."""
+        return [v for v in flat((self.args, self.kwargs)) if isinstance(v, Channels)]
+
+    def like(self, x: Channels, dim: int | None = None) -> Channels:
+        """Return the result as a tensor with the channels of ``x``."""
+        return Channels(self.shape, x.dim if dim is None else dim, x.ids)
+
+    def give_up(self, reason: str) -> Value:
+        """Fix every channel that enters this operator, and return an opaque result."""
+        for value in flat((self.args, self.kwargs)):
+            if isinstance(value, Channels | Extent):
+                self.table.fix(value.ids, reason)
+        return opaque(self.result)
+
+    def has(self, name: str) -> bool:
+        """Whether the module has a tensor of this name."""
+        return isinstance(getattr(self.module, name, None), Tensor)
+
+    def plain(self, *names: str) -> bool:
+        """Whether the named tensors are ordinary parameters or buffers of the module, or absent."""
+        module = self.module
+        if module is None or parametrize.is_parametrized(module):
+            return False
+        held = {**module._parameters, **module._buffers}
+        return all(getattr(module, n, None) is None or held.get(n) is not None for n in names)
+
+
+def _function_name(target: Any) -> str:
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
