@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
+from math import inf, isfinite
 from typing import Any
 
 import torch
+from fvcore.nn import FlopCountAnalysis, parameter_count
 from torch import Tensor, nn
 
+from torchcap import Plan, RandomOrthonormal, SpaceGraph, materialize, prepare
 from torchcap.graph.spaces import ChannelSpace, Port
+
+# --------------------------------------------------------------------------------------------------
+# Outputs
 
 
 def tensors_of(output: Any) -> list[Tensor]:
@@ -23,46 +30,24 @@ def tensors_of(output: Any) -> list[Tensor]:
     return []
 
 
+@torch.no_grad()
 def relative_difference(left: Any, right: Any) -> float:
-    """Return the largest norm of a difference, relative to the tensor's norm."""
-    pairs = zip(tensors_of(left), tensors_of(right), strict=True)
-    return max(
-        float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
-        for a, b in pairs
-    )
+    """Return the largest norm of a difference, relative to the tensor's norm.
+
+    Infinite where nothing could be told from the outputs: no tensor in them, all zero or NaN.
+    """
+    errors = [
+        float((a.double() - b.double()).norm() / b.double().norm())
+        for a, b in zip(tensors_of(left), tensors_of(right), strict=True)
+    ]
+    return max(errors) if errors and all(map(isfinite, errors)) else inf
 
 
-def permute_space_(model: nn.Module, space: ChannelSpace, generator: torch.Generator) -> None:
-    """Permute the channels of a space, within its blocks, in every port of ``model``."""
-    size = space.channels // space.blocks
-    order = torch.cat(
-        [b * size + torch.randperm(size, generator=generator) for b in range(space.blocks)]
-    )
-    for port in space.ports:
-        _permute_port_(model, port, order)
+# --------------------------------------------------------------------------------------------------
+# Weights that hide nothing
 
 
-def _permute_port_(model: nn.Module, port: Port, order: Tensor) -> None:
-    tensor = getattr(model.get_submodule(port.module), port.parameter).data
-    inside = order[port.start : port.start + port.channels] - port.start
-    if port.groups == 1:
-        source = (inside[:, None] * port.repeat + torch.arange(port.repeat)).flatten() + port.offset
-        index = torch.arange(tensor.shape[port.axis])
-        index[port.offset : port.offset + len(source)] = source
-        tensor.copy_(tensor.index_select(port.axis, index).clone())
-        return
-    # Input g * width + j of a grouped layer is stored at position j of the rows of group g.
-    width = tensor.shape[port.axis]
-    index = torch.arange(width * port.groups)
-    source = (inside[:, None] * port.repeat + torch.arange(port.repeat)).flatten() + port.offset
-    index[port.offset : port.offset + len(source)] = source
-    rows = tensor.shape[0] // port.groups
-    for group in range(port.groups):
-        local = index[group * width : (group + 1) * width] - group * width
-        block = tensor[group * rows : (group + 1) * rows]
-        block.copy_(block.index_select(port.axis, local).clone())
-
-
+@torch.no_grad()
 def randomize_(model: nn.Module, generator: torch.Generator) -> None:
     """Give every parameter and statistic a value of its own, so that no symmetry hides a fault."""
     for module in model.modules():
@@ -71,16 +56,97 @@ def randomize_(model: nn.Module, generator: torch.Generator) -> None:
                 continue
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
             if name == "running_var":
-                tensor.data.copy_(0.5 + noise.abs())
+                tensor.copy_(0.5 + noise.abs())
             elif tensor.numel() == max(tensor.shape, default=1):
-                tensor.data.add_(0.2 * noise.to(tensor.dtype))
+                tensor.add_(0.2 * noise.to(tensor.dtype))
+
+
+# --------------------------------------------------------------------------------------------------
+# The reading: a permuted space is the same network
 
 
 @torch.no_grad()
 def permutation_error(model: nn.Module, spaces: Sequence[ChannelSpace], inputs: Any) -> float:
-    """Return how much the output changes when each space in turn gets its channels permuted."""
+    """Return how much the output changes when the channels of every given space are permuted."""
     generator = torch.Generator().manual_seed(0)
     changed = copy.deepcopy(model)
     for space in spaces:
         permute_space_(changed, space, generator)
     return relative_difference(changed(*inputs), model(*inputs))
+
+
+def permute_space_(model: nn.Module, space: ChannelSpace, generator: torch.Generator) -> None:
+    """Move every channel of a space to another place of its block, in every port of ``model``."""
+    size = space.channels // space.blocks
+    order = torch.cat([b * size + _cycle(size, generator) for b in range(space.blocks)])
+    for port in space.ports:
+        _permute_port_(model, port, order)
+
+
+def _cycle(size: int, generator: torch.Generator) -> Tensor:
+    """Return a random permutation that leaves nothing in its place."""
+    walk = torch.randperm(size, generator=generator)
+    return torch.empty_like(walk).index_copy_(0, walk, walk.roll(1))
+
+
+def _permute_port_(model: nn.Module, port: Port, order: Tensor) -> None:
+    tensor = getattr(model.get_submodule(port.module), port.parameter).data
+    inside = order[port.start : port.start + port.channels] - port.start
+    source = (inside[:, None] * port.repeat + torch.arange(port.repeat)).flatten() + port.offset
+    # Entry g * width + j of a grouped layer's input is stored at position j of the rows of group g.
+    width = tensor.shape[port.axis]
+    index = torch.arange(width * port.groups)
+    index[port.offset : port.offset + len(source)] = source
+    rows = tensor.shape[0] // port.groups
+    for group in range(port.groups):
+        block = tensor[group * rows : (group + 1) * rows]
+        local = index[group * width : (group + 1) * width] - group * width
+        block.copy_(block.index_select(port.axis, local).clone())
+
+
+# --------------------------------------------------------------------------------------------------
+# The rewriting: materialized is prepared, and at full width it is the original
+
+
+def random_plan(graph: SpaceGraph, seed: int) -> Plan:
+    """Return a plan that cuts every free space, to a random rank from a third of its width up."""
+    generator = torch.Generator().manual_seed(seed)
+    ranks = {}
+    for space in graph.free:
+        width = space.channels // space.blocks
+        least = -(-width // 3)
+        rank = int(torch.randint(least, max(width, least + 1), (), generator=generator))
+        ranks[space.name] = rank * space.blocks
+    return Plan.of(graph, ranks)
+
+
+def random_student(model: nn.Module, plan: Plan, inputs: Any, seed: int = 0) -> nn.Module:
+    """Prepare a model with random orthonormal projections."""
+    init = RandomOrthonormal(torch.Generator().manual_seed(seed))
+    return prepare(model, plan=plan, example_inputs=inputs, init=init)
+
+
+@torch.no_grad()
+def identity_error(model: nn.Module, inputs: Any) -> float:
+    """Return how far the model that is prepared at full width is from the original."""
+    student = prepare(model, ratio=1.0, example_inputs=inputs)
+    return relative_difference(student(*inputs), model(*inputs))
+
+
+@torch.no_grad()
+def materialize_error(student: nn.Module, inputs: Any) -> float:
+    """Return how far the materialized model is from the prepared one."""
+    return relative_difference(materialize(student)(*inputs), student(*inputs))
+
+
+# --------------------------------------------------------------------------------------------------
+# The cost: what another library counts on the rewritten model
+
+
+def counted_cost(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[int, int]:
+    """Return the multiply-adds and parameters of a plain model, as fvcore counts them."""
+    logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
+    counter = FlopCountAnalysis(model, inputs)
+    counter.unsupported_ops_warnings(enabled=False).uncalled_modules_warnings(enabled=False)
+    operators = counter.by_operator()
+    return int(operators["conv"] + operators["linear"]), parameter_count(model)[""]

@@ -365,6 +365,16 @@ def test_hooks_of_the_user_are_kept_and_those_of_torchcap_are_gone() -> None:
     assert count == 5
 
 
+def test_hooks_on_a_folded_norm_are_kept() -> None:
+    model = made()
+    shapes: list[tuple[int, ...]] = []
+    model.block1.bn1.register_forward_hook(lambda _, args, y: shapes.append(tuple(y.shape)))
+    small = torchcap.materialize(student_of(model, ratio=0.5))
+    shapes.clear()
+    small(images())
+    assert shapes == [(4, 3, 8, 8)]
+
+
 def test_hooks_for_gradients_and_state_dicts_are_kept() -> None:
     model = made()
     seen: list[str] = []
@@ -486,10 +496,10 @@ def test_graph_module_student_trains() -> None:
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 TIMM: dict[str, Callable[[], nn.Module]] = {
     "resnet": lambda: timm.models.ResNet(
-        timm.models.resnet.BasicBlock, [1, 1], channels=(8, 12), num_classes=7
+        timm.models.resnet.BasicBlock, [1] * 4, channels=(8, 12, 12, 16), num_classes=7
     ),
     "vgg": lambda: timm.models.VGG(
-        [8, "M", 12, "M"], num_classes=7, num_features=16, norm_layer=nn.BatchNorm2d
+        [8, "M", 12, "M"], num_classes=7, mlp_ratio=0.004, norm_layer=nn.BatchNorm2d
     ),
     "efficientnet": lambda: timm.create_model("tinynet_e", num_classes=7),
     "mobilenetv3": lambda: timm.create_model("lcnet_035", num_classes=7),

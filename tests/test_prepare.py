@@ -243,6 +243,32 @@ def test_graph_module_gives_a_graph_module() -> None:
     torch.testing.assert_close(student(images()), prepared(made())(images()), **EXACT)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_proxies_of_a_half_precision_model_are_float32(dtype: torch.dtype) -> None:
+    model = made("plain").to(dtype)
+    student = torchcap.prepare(model, example_inputs=images(dtype=dtype))
+    assert {p.dtype for p in torchcap.projection_parameters(student)} == {torch.float32}
+    assert student(images(dtype=dtype)).dtype == dtype
+
+
+class Branch(nn.Module):
+    """A forward that cannot be traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def with_branch() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 1), nn.Tanh(), nn.Conv2d(6, 4, 1), Branch(), nn.Conv2d(4, 4, 1)
+    )
+
+
+def test_modules_that_cannot_be_traced_may_be_leaves() -> None:
+    student = prepared(built(with_branch), leaves=[Branch])
+    assert [m.out_channels for m in student if isinstance(m, nn.Conv2d)] == [3, 4, 4]
+
+
 def test_example_inputs_of_torchvision_models_may_be_left_out() -> None:
     student = torchcap.prepare(torchvision.models.squeezenet1_1(num_classes=3).eval())
     assert student.features[0].out_channels == 32
@@ -432,8 +458,13 @@ def test_norms_have_their_mode_again_after_a_forward_and_after_an_error(net: str
     expected = [norm.training for norm in norms]
     student(images())
     assert [norm.training for norm in norms] == expected
-    with pytest.raises(RuntimeError, match="channels"):
-        student(torch.zeros(1, 7, 8, 8, dtype=torch.float64))
+
+    def fail(*_: Any) -> None:
+        raise KeyError
+
+    norms[0].register_forward_pre_hook(fail)
+    with pytest.raises(KeyError):
+        student(images())
     assert [norm.training for norm in norms] == expected
 
 
@@ -531,6 +562,9 @@ BAD: dict[str, Bad] = {
         lambda m: prepared(m, plan={"conv": 3}), PlanError, r"Plan.*got dict.*Plan\.of"
     ),
     # models
+    "forward that cannot be traced": Bad(
+        prepared, torchcap.TraceError, r"'Sequential'.*leaves=\[", lambda: built(with_branch)
+    ),
     "nothing to compress": Bad(
         lambda m: torchcap.prepare(m, example_inputs=torch.zeros(1, 4)),
         NothingToCompressError,

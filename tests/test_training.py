@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 import torchcap
 from torchcap import RandomOrthonormal, StudentError
+from torchcap.projection import maps
 from torchcap.projection.initialize import Initializer
 from torchcap.projection.maps import Stiefel
 from torchcap.transform.student import student_of as state_of
@@ -343,6 +344,29 @@ def test_training_forward_computes_what_evaluation_computes() -> None:
     student, x = student_of(made("pre-activation")), images()
     trained = student(x)
     torch.testing.assert_close(student.eval()(x), trained, **EXACT)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_each_basis_is_computed_once_in_a_forward(
+    monkeypatch: pytest.MonkeyPatch, *, training: bool
+) -> None:
+    student = student_of(made("plain")).train(training)
+    computed: list[int] = []
+    many = maps.polar_many
+
+    def counted(matrices: list[Tensor]) -> list[Tensor]:
+        computed.append(len(matrices))
+        return many(matrices)
+
+    def unexpected(matrix: Tensor) -> Tensor:
+        raise AssertionError("a basis was computed by itself")
+
+    monkeypatch.setattr(maps, "polar_many", counted)
+    monkeypatch.setattr(maps, "polar", unexpected)
+    student(images())
+    assert computed == [3]
+    student(images())
+    assert computed == [3, 3]  # and anew in the next one
 
 
 def test_forward_after_an_error_is_as_before() -> None:

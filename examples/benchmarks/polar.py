@@ -114,7 +114,7 @@ def product_of_singular_vectors(X: Tensor) -> Tensor:
 def make_ways(X: Tensor, G: Tensor) -> dict[str, Callable[[], Way]]:
     """Return what makes each way; setting some of them up is slow already."""
     polars = {OURS: polar, "autograd of linalg.svd": product_of_singular_vectors}
-    if hasattr(torch.linalg, "polar"):  # since torch 2.13 or so; on a CPU it is an SVD
+    if hasattr(torch.linalg, "polar"):  # not in older versions; an SVD on a CPU
         polars["torch.linalg.polar"] = lambda matrix: torch.linalg.polar(matrix)[0]
     makers = {
         name: lambda function=function: Way(through(function, X, G), is_polar=True)

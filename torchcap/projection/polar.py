@@ -143,6 +143,8 @@ _polar = torch.compiler.disable(_Polar.apply)  # type: ignore[no-untyped-call]  
 def _by_series(X: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor, float] | None:
     """Return ``P``, ``H⁻¹ = (I + D)/h``, ``h`` and a bound on ``‖D‖``, or None if that is large.
 
+    Where ``D`` vanishes, ``H⁻¹`` is the number ``1/h``, of shape ``(..., 1, 1)``.
+
     With ``XᵀX = h²(I + E)`` this is ``I + D = (I + E)^(-1/2)``, a binomial series.
     """
     gram = X.mT @ X
@@ -152,6 +154,8 @@ def _by_series(X: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor, flo
     E = _add_to_diagonal_(gram.div_(h), -1)
     h = h.sqrt()
     bound = _largest_norm(E)
+    if bound <= 2 * tolerance * math.sqrt(E.shape[-1]) and _is_rounding(E, 2 * tolerance):
+        return X / h, h.reciprocal(), h, 0.0
     if bound**2 <= tolerance:
         D = E.div_(-2)
     else:
@@ -172,12 +176,22 @@ def _by_series(X: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor, flo
     return X @ inverse, inverse, h, 1 / math.sqrt(1 - bound) - 1
 
 
+def _is_rounding(E: Tensor, tolerance: float) -> bool:
+    """Whether ``E`` is what rounding leaves of an orthonormal matrix, as where training starts.
+
+    Rounding spreads over all directions, so that its Frobenius norm says little of its spectral
+    norm; the square says more.
+    """
+    return math.sqrt(_largest_norm(E @ E)) <= tolerance
+
+
 def _pull_back_by_series(G: Tensor, P: Tensor, inverse: Tensor, h: Tensor, *, steps: int) -> Tensor:
-    GH = G @ inverse
+    exact = inverse.shape == h.shape and steps == 0
+    GH = G * inverse if exact else G @ inverse
     J = P.mT @ GH
     # Copied before it is added: adding a transposed view takes several times as long.
     N = S = J.mT.contiguous().add_(J).div_(2)
-    D = _add_to_diagonal_(inverse * h, -1)
+    D = inverse if exact else _add_to_diagonal_(inverse * h, -1)
     for _ in range(steps):
         DS = D @ S
         S = DS.mT.contiguous().sub_(DS).div_(2).add_(N)
