@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from torchcap import Plan, RandomOrthonormal, SpaceGraph, materialize, prepare
 from torchcap.graph.spaces import ChannelSpace, Port
+from torchcap.projection.initialize import SpaceContext
 
 # --------------------------------------------------------------------------------------------------
 # Outputs
@@ -120,10 +121,26 @@ def random_plan(graph: SpaceGraph, seed: int) -> Plan:
     return Plan.of(graph, ranks)
 
 
+class RandomReflection:
+    """Random columns of a random reflection: orthonormal and dense, without a factorisation."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, space: SpaceContext) -> Tensor:
+        if space.selection:
+            return RandomOrthonormal(self.generator)(space)
+        size = (space.blocks, space.block_channels, 1)
+        normal = torch.randn(size, generator=self.generator, dtype=torch.float64)
+        normal = normal / normal.norm(dim=1, keepdim=True)
+        mirrored = torch.eye(space.block_channels, dtype=torch.float64) - 2 * normal @ normal.mT
+        columns = torch.randperm(space.block_channels, generator=self.generator)
+        return mirrored[..., columns[: space.block_rank]]
+
+
 def random_student(model: nn.Module, plan: Plan, inputs: Any, seed: int = 0) -> nn.Module:
     """Prepare a model with random orthonormal projections."""
-    init = RandomOrthonormal(torch.Generator().manual_seed(seed))
-    return prepare(model, plan=plan, example_inputs=inputs, init=init)
+    return prepare(model, plan=plan, example_inputs=inputs, init=RandomReflection(seed))
 
 
 @torch.no_grad()

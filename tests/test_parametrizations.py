@@ -403,17 +403,19 @@ def test_small_weights_are_rounded_once(kind: Callable, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_projections_that_were_rounded_themselves_are_applied_in_float32(
-    dtype: torch.dtype,
+    dtype: torch.dtype, weight_dtype: torch.dtype
 ) -> None:
-    module = random_(nn.Linear(64, 8)).to(dtype)
+    module = random_(nn.Linear(64, 8)).to(weight_dtype)
     P = stiefel(64, 20).to(dtype)
     weight = registered(module, "weight", ProjectInput([Segment(64, P)]))
     truth = weight.double() @ P()[0].detach().double()
 
     assert P().dtype == dtype
+    assert module.weight.dtype == weight_dtype
     torch.testing.assert_close(
-        module.weight.double(), truth, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-5
+        module.weight.double(), truth, rtol=0.51 * torch.finfo(weight_dtype).eps, atol=1e-5
     )
 
 

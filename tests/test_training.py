@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -33,6 +34,8 @@ from torchcap import RandomOrthonormal, StudentError
 from torchcap.projection import maps
 from torchcap.projection.initialize import Initializer
 from torchcap.projection.maps import Stiefel
+from torchcap.training.taps import TeacherPass
+from torchcap.transform.student import find_attachment
 from torchcap.transform.student import student_of as state_of
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -328,6 +331,33 @@ def test_teacher_runs_in_training_mode_only_and_in_evaluation_mode_itself() -> N
     CountingBlock.calls.clear()
     student.eval()(images())
     assert CountingBlock.calls == [False, False]
+
+
+def teacher_of(student: nn.Module) -> nn.Module:
+    passed = find_attachment(student, TeacherPass)
+    assert passed is not None
+    return passed.teacher
+
+
+def test_teacher_costs_no_memory_of_its_own() -> None:
+    model = made("pre-activation")
+    teacher = teacher_of(student_of(model)).state_dict(keep_vars=True)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        assert teacher[name].data_ptr() == tensor.data_ptr(), name
+        assert not teacher[name].requires_grad, name
+
+
+@pytest.mark.parametrize("net", ["residual", "plain"])
+def test_features_of_the_teacher_are_let_go(net: str) -> None:
+    student = student_of(made(net))
+    alive: list[weakref.ref[Tensor]] = []
+    *inner, _ = [m for m in teacher_of(student).modules() if not list(m.children())]
+    for module in inner:
+        module.register_forward_hook(lambda _, args, y: alive.append(weakref.ref(y)))
+    loss = loss_of(student, images())
+    assert len(alive) >= len(inner)
+    assert [ref for ref in alive if ref() is not None] == []
+    loss.backward()
 
 
 def test_loss_is_that_of_the_last_training_forward() -> None:

@@ -122,7 +122,7 @@ class _Reading:
             tensors={name: tuple(p.shape) for name, p in self.model.named_parameters()},
             calls=tuple(self._calls()),
             folds=self.folds,
-            taps=tuple(_taps(sights, resolved, names)),
+            taps=tuple(_taps(sights, resolved, names, spaces)),
             notes=tuple(
                 f"no rule for {name} ({count} {'uses' if count > 1 else 'use'})"
                 for name, count in self.notes.items()
@@ -319,9 +319,15 @@ def _freedom(
     return ("stiefel" if resolved.nonlinear[space] else "linear"), ""
 
 
-def _taps(sights: Sequence[Sight], resolved: Resolved, names: Mapping[int, str]) -> Iterator[Tap]:
+def _taps(
+    sights: Sequence[Sight],
+    resolved: Resolved,
+    names: Mapping[int, str],
+    spaces: Sequence[ChannelSpace],
+) -> Iterator[Tap]:
+    readers = {port.module for space in spaces if space.free for port in space.consumers}
     for sight, layout in zip(sights, resolved.layouts, strict=True):
-        if layout:
+        if layout and (sight.reader is None or sight.reader in readers):
             yield Tap(
                 sight.name,
                 sight.module,

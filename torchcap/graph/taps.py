@@ -1,8 +1,9 @@
 """Where the features of teacher and student can be compared.
 
 Candidates are the values after the skip addition (and its activation) of every residual block; a
-layer from which no such place can be reached is tapped itself, after its norm and activation. A
-value can be compared where a hook sees it: as the output of a module, or as the input of one.
+layer that reads a free space and from which no such place can be reached is tapped itself, after
+its norm and activation. A value can be compared where a hook sees it: as the output of a module, or
+as the input of one.
 """
 
 from __future__ import annotations
@@ -24,9 +25,14 @@ from torchcap.graph.values import Channels, Opaque, Rule, Value
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """A value of the graph, and the module call at which a hook sees it."""
+    """A value of the graph, and the module call at which a hook sees it.
+
+    Attributes:
+        reader: the layer behind which the value stands; None behind a skip addition.
+    """
 
     name: str
+    reader: str | None
     module: str
     call: int
     side: Literal["output", "input"]
@@ -54,15 +60,22 @@ class _Search:
     def sights(self) -> list[Sight]:
         residual = [self._settled(node) for node in self.nodes if self._joins(node)]
         reaching = self._upstream(set(residual))
-        wanted = dict.fromkeys(residual)
+        wanted: dict[fx.Node, str | None] = dict.fromkeys(residual)
         for node in self.nodes:
             if self._rule(node) in {convolution, linear} and node not in reaching:
                 source = node.args[0] if node.args else None
                 if isinstance(source, fx.Node) and isinstance(self.values[source], Channels):
-                    wanted[self._settled(node)] = None
+                    wanted.setdefault(self._settled(node), str(node.target))
         order = {node: index for index, node in enumerate(self.nodes)}
-        found = (self._sight(node) for node in sorted(wanted, key=order.__getitem__))
-        return [sight for sight in found if sight is not None]
+        found: dict[str, Sight] = {}
+        for node in sorted(wanted, key=order.__getitem__):
+            # Where no hook sees a sum, its summands are the next best.
+            sights = [self._sight(node, wanted[node])]
+            if sights == [None] and node in residual:
+                summands = self._sum_of(node).all_input_nodes
+                sights = [self._sight(summand, None) for summand in summands]
+            found.update({sight.name: sight for sight in sights if sight is not None})
+        return list(found.values())
 
     def _rule(self, node: fx.Node) -> Rule | None:
         return find_rule(node, self._module(node), RULES)
@@ -98,7 +111,7 @@ class _Search:
                 reaching.add(node)
         return reaching
 
-    def _sight(self, node: fx.Node, steps: int = 4) -> Sight | None:
+    def _sight(self, node: fx.Node, reader: str | None, steps: int = 4) -> Sight | None:
         value = self.values[node]
         if not isinstance(value, Channels):
             # Option A: the sum itself is opaque to the rules where a side of it is.
@@ -106,19 +119,20 @@ class _Search:
         if value is None:
             return None
         for place in self._places(node):
-            return Sight(node.name, *place, self._mutated(node), value)
+            return Sight(node.name, reader, *place, self._mutated(node), value)
         if steps and len(node.users) == 1:
-            return self._sight(next(iter(node.users)), steps - 1)
+            return self._sight(next(iter(node.users)), reader, steps - 1)
         return None
+
+    def _sum_of(self, node: fx.Node) -> fx.Node:
+        """Follow a settled value back to the sum that it came from."""
+        while self._rule(node) in {pointwise, unchanged, batch_norm} and node.all_input_nodes:
+            node = node.all_input_nodes[0]
+        return node
 
     def _summand(self, node: fx.Node) -> Channels | None:
         shape = node.meta.get("val")
-        while self._rule(node) in {pointwise, unchanged, batch_norm}:
-            source = node.args[0] if node.args else None
-            if not isinstance(source, fx.Node):
-                return None
-            node = source
-        for arg in node.args:
+        for arg in self._sum_of(node).args:
             value = self.values.get(arg) if isinstance(arg, fx.Node) else None
             if isinstance(value, Channels) and isinstance(shape, Tensor):
                 return value if value.shape == tuple(shape.shape) else None

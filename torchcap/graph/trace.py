@@ -8,8 +8,9 @@ heads of GoogLeNet): a channel may be cut only if every reader in either mode ca
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from torchvision.models import VisionTransformer
 from torchvision.models.inception import Inception3
 from torchvision.models.video import MViT, SwinTransformer3d, VideoResNet
 
-from torchcap.errors import ExampleInputsError, TraceError
+from torchcap.errors import ExampleInputsError, ModelError, TraceError
 
 ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 LeafRule = Callable[[nn.Module], bool]
@@ -69,11 +70,12 @@ def trace(
 
     Raises:
         TraceError: if the forward cannot be traced symbolically in evaluation mode.
+        ModelError: if the model cannot be copied.
         ExampleInputsError: if the example inputs are missing, or the model does not accept them.
     """
     inputs = default_inputs(model) if example_inputs is None else as_inputs(example_inputs)
     if isinstance(model, fx.GraphModule):
-        graph_module = fx.GraphModule(model, _copy_graph(model.graph))
+        graph_module = fx.GraphModule(shadow(model), _copy_graph(model.graph))
         _propagate_shapes(graph_module, model, inputs)
         return (Traced(graph_module, {}, "eval"),)
     evaluation = _trace_in_mode(model, inputs, is_leaf, training=False)
@@ -86,6 +88,26 @@ def trace(
     for reading in readings:
         _propagate_shapes(reading.module, model, inputs)
     return readings
+
+
+def shadow(model: nn.Module) -> nn.Module:
+    """Copy a model's structure; the copy's tensors share the memory of the original's.
+
+    Raises:
+        ModelError: if the model cannot be copied.
+    """
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
+    }
+    memo.update({id(b): b.detach() for b in model.buffers()})
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # whatever a user's class cannot copy
+        raise ModelError(
+            f"{type(model).__name__!r} cannot be copied ({type(error).__name__}: {error}); "
+            "copy.deepcopy(model) has to work: replace torch.nn.utils.weight_norm by "
+            "torch.nn.utils.parametrizations.weight_norm, for one"
+        ) from error
 
 
 def as_inputs(example_inputs: ExampleInputs) -> Inputs:
@@ -166,15 +188,17 @@ def _trace_in_mode(
     reader = _Reader(is_leaf)
     mode = "train" if training else "eval"
     concrete = _unused_arguments(model, inputs)
-    with _mode(model, training=training):
-        try:
-            graph = reader.trace(model, concrete_args=concrete)
-        except Exception as error:  # a user's forward may raise anything on a proxy
-            raise TraceError(
-                f"cannot trace {type(model).__name__!r} in {mode} mode: "
-                f"{type(error).__name__}: {error}. Pass the class of the module whose forward "
-                "cannot be traced: analyze(model, leaves=[TheClass])"
-            ) from error
+    # Some forwards keep what they compute on the module; a proxy kept there would spoil the model.
+    copied = shadow(model)
+    _set_mode(copied, training=training)
+    try:
+        graph = reader.trace(copied, concrete_args=concrete)
+    except Exception as error:  # a user's forward may raise anything on a proxy
+        raise TraceError(
+            f"cannot trace {type(model).__name__!r} in {mode} mode: "
+            f"{type(error).__name__}: {error}. Pass the class of the module whose forward "
+            "cannot be traced: analyze(model, leaves=[TheClass])"
+        ) from error
     graph_module = fx.GraphModule(reader.root, graph)
     outputs = {node: tuple(calls) for node, calls in reader.outputs.items()}
     return Traced(graph_module, outputs, mode)
@@ -223,7 +247,8 @@ def _propagate_shapes(graph_module: fx.GraphModule, model: nn.Module, inputs: In
     values = _placeholder_values(model, inputs)
     try:
         # Shapes are those of evaluation: batch norm refuses one value a channel in training.
-        with _mode(model, training=False), _mode(graph_module, training=False), torch.no_grad():
+        _set_mode(graph_module, training=False)
+        with torch.no_grad():
             FakeTensorProp(graph_module, mode).propagate(*values)
     except Exception as error:  # a user's forward may raise anything on a wrong shape
         shapes = [tuple(v.shape) if isinstance(v, Tensor) else v for v in values]
@@ -239,19 +264,12 @@ def _first_line(error: Exception) -> str:
 
 
 def _copy_graph(graph: fx.Graph) -> fx.Graph:
-    copy = fx.Graph()
-    copy.output(copy.graph_copy(graph, {}))
-    return copy
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph, {}))
+    return copied
 
 
-@contextlib.contextmanager
-def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Set the mode flags for a while, without calling a ``train()`` that a user has overridden."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in flags:
-            module.training = training
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
+def _set_mode(model: nn.Module, *, training: bool) -> None:
+    """Set the mode flags, without calling a ``train()`` that a user has overridden."""
+    for module in model.modules():
+        module.training = training

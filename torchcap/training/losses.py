@@ -38,7 +38,13 @@ def reconstruction_loss(student: nn.Module) -> Tensor:
     References:
         Minnehan & Savakis, "Cascaded Projection", CVPR 2019, sec. 3.5, eq. 11.
     """
-    loss = _teacher_pass(student).loss
+    passed = _teacher_pass(student)
+    if not passed.taps:
+        raise StudentError(
+            f"{type(student).__name__!r} has no place where its features can be compared with the "
+            "teacher's; train on distillation_loss(student, output) alone"
+        )
+    loss = passed.loss
     if loss is None:
         raise StudentError(
             "there is no reconstruction loss yet: run student(x) in training mode first "

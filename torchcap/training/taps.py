@@ -8,7 +8,6 @@ nothing of this runs.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from torchcap.errors import StudentError
 from torchcap.graph.spaces import Tap
+from torchcap.graph.trace import shadow
 from torchcap.projection.maps import Projection
 from torchcap.projection.parametrizations import Segment, lift_segments
 from torchcap.transform.student import Attachment, Student
@@ -39,7 +39,7 @@ class TeacherPass(Attachment):
 
     def __init__(self, teacher: nn.Module, taps: Sequence[Tap], student: Student) -> None:
         self.taps = tuple(taps)
-        self.teacher = _shadow(teacher)
+        self.teacher = shadow(teacher).eval()
         self.segments = tuple(_segments(tap, student) for tap in taps)
         self.loss: Tensor | None = None
         self.output: Any = None
@@ -155,15 +155,6 @@ class _Probe(Attachment):
         if self.calls == self.tap.call and isinstance(value, Tensor):
             self.look(self.index, value)
         self.calls += 1
-
-
-def _shadow(teacher: nn.Module) -> nn.Module:
-    """Copy a model's structure, with tensors that share the memory of the original's."""
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach(), requires_grad=False) for p in teacher.parameters()
-    }
-    memo.update({id(b): b.detach() for b in teacher.buffers()})
-    return copy.deepcopy(teacher, memo).eval()
 
 
 def _segments(tap: Tap, student: Student) -> tuple[Segment, ...] | None:
