@@ -105,6 +105,7 @@ class _Reading:
         self.folded = {fold.norm for fold in self.folds if fold.norm is not None}
         self.notes: Counter[str] = Counter()
         self.values: dict[fx.Node, Value] = {}
+        self.ran: dict[str, list[tuple[str, nn.Module, Any]]] = {}
 
     def graph(self) -> SpaceGraph:
         for reading in self.readings:
@@ -148,6 +149,8 @@ class _Reading:
 
     def _apply_rule(self, reading: Traced, node: fx.Node) -> Value:
         call = self._call(reading, node, node.meta.get("val"))
+        if call.module is not None:
+            call.ran.append((call.path, call.module, call.result))
         rule = find_rule(node, call.module, self.rules)
         if rule is None:
             return self._boundary(call)
@@ -170,6 +173,7 @@ class _Reading:
             module=reading.module.get_submodule(path) if node.op == "call_module" else None,
             path=path,
             table=self.table,
+            ran=self.ran.setdefault(reading.mode, []),
             rule_of=lambda module: find_module_rule(module, self.rules),
             folded=path in self.folded,
         )
@@ -224,9 +228,7 @@ class _Reading:
 
     def _fix_auxiliary_layers(self) -> None:
         """Fix what auxiliary heads write: evaluation never runs them, so nothing is gained."""
-        called = {
-            str(node.target) for node in self.readings[0].module.graph.find_nodes(op="call_module")
-        }
+        called = {path for path, _, _ in self.ran.get("eval", ())}
         for axis in self.table.axes.values():
             if axis.role == "producer" and axis.module not in called:
                 self.table.fix(axis.ids, f"{axis.module!r} runs in training mode only")
@@ -275,13 +277,10 @@ class _Reading:
         return tuple(spaces), names
 
     def _calls(self) -> Iterator[LayerCall]:
-        reading = self.readings[0]
-        for node in reading.module.graph.find_nodes(op="call_module"):
-            module = reading.module.get_submodule(str(node.target))
-            result = node.meta.get("val")
+        for path, module, result in self.ran.get("eval", ()):
             if isinstance(module, CONVOLUTIONS + LINEARS) and isinstance(result, Tensor):
                 rows = getattr(module, "weight").shape[0]  # noqa: B009 - not known to be a tensor
-                yield LayerCall(str(node.target), result.numel() // rows)
+                yield LayerCall(path, result.numel() // rows)
 
 
 def _mapped(value: Any, values: Mapping[fx.Node, Value]) -> Any:
@@ -325,7 +324,13 @@ def _taps(
     names: Mapping[int, str],
     spaces: Sequence[ChannelSpace],
 ) -> Iterator[Tap]:
-    readers = {port.module for space in spaces if space.free for port in space.consumers}
+    readers = {
+        module
+        for space in spaces
+        if space.free
+        for port in space.consumers
+        for module in (port.module, port.module.rpartition(".")[0])
+    }
     for sight, layout in zip(sights, resolved.layouts, strict=True):
         if layout and (sight.reader is None or sight.reader in readers):
             yield Tap(

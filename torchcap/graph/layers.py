@@ -60,6 +60,20 @@ def linear(call: Call) -> Value:
     return Channels(call.shape, len(call.shape) - 1, _written(call, layer.out_features))
 
 
+def conv_mlp(call: Call) -> Value:
+    """Timm's ``ConvMlp``, the head of its VGGs: two convolutions, each with an activation.
+
+    It is read as one operator, because it branches on the size of its input.
+    """
+    x = call.argument(0, "x")
+    batch, _, *positions = call.shape
+    for name in ("fc1", "act1", "drop", "fc2", "act2"):
+        child = getattr(call.module, name)
+        width = getattr(child, "out_channels", x.shape[1])
+        x = call.inside(name, x, (batch, width, *positions))
+    return x
+
+
 def _read(call: Call, x: Value, reading: Ids) -> None:
     if isinstance(x, Channels):
         call.table.join(reading, x.ids)

@@ -23,11 +23,13 @@ from timm.layers import norm as timm_norm
 from timm.layers import std_conv
 from timm.layers.linear import Linear as TimmLinear
 from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
+from timm.models.vgg import ConvMlp
 from torch import fx, nn
 from torchvision.models.convnext import LayerNorm2d as TorchvisionLayerNorm2d
 
 from torchcap.graph.layers import (
     batch_norm,
+    conv_mlp,
     convolution,
     group_norm,
     layer_norm,
@@ -128,6 +130,7 @@ RULES: Mapping[Target, Rule] = {
     **dict.fromkeys((nn.LayerNorm, tl.LayerNorm, timm_norm.LayerNormFp32), layer_norm),
     **dict.fromkeys((tl.LayerNorm2d, TorchvisionLayerNorm2d, tl.LayerNormAct2d), layer_norm_2d),
     **dict.fromkeys((nn.GroupNorm, tl.GroupNorm, tl.GroupNorm1, tl.GroupNormAct), group_norm),
+    ConvMlp: conv_mlp,
     nn.PReLU: prelu,
     tl.PReLU: prelu,
     **dict.fromkeys(_POINTWISE_MODULES, pointwise),

@@ -16,7 +16,7 @@ from typing import Literal
 
 from torch import Tensor, fx, nn
 
-from torchcap.graph.layers import batch_norm, convolution, linear
+from torchcap.graph.layers import batch_norm, conv_mlp, convolution, linear
 from torchcap.graph.operators import addition, pointwise, unchanged
 from torchcap.graph.rules import RULES, find_rule
 from torchcap.graph.trace import Traced
@@ -62,7 +62,7 @@ class _Search:
         reaching = self._upstream(set(residual))
         wanted: dict[fx.Node, str | None] = dict.fromkeys(residual)
         for node in self.nodes:
-            if self._rule(node) in {convolution, linear} and node not in reaching:
+            if self._rule(node) in {convolution, linear, conv_mlp} and node not in reaching:
                 source = node.args[0] if node.args else None
                 if isinstance(source, fx.Node) and isinstance(self.values[source], Channels):
                     wanted.setdefault(self._settled(node), str(node.target))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from timm.layers import get_notrace_functions, is_notrace_module
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torchvision.models import VisionTransformer
 from torchvision.models.inception import Inception3
@@ -249,13 +249,27 @@ def _propagate_shapes(graph_module: fx.GraphModule, model: nn.Module, inputs: In
         # Shapes are those of evaluation: batch norm refuses one value a channel in training.
         _set_mode(graph_module, training=False)
         with torch.no_grad():
-            FakeTensorProp(graph_module, mode).propagate(*values)
+            try:
+                FakeTensorProp(graph_module, mode).propagate(*values)
+            except DataDependentOutputException:  # a leaf looks at values: run it on real ones
+                _RealPropagation(graph_module).run(*values)
     except Exception as error:  # a user's forward may raise anything on a wrong shape
         shapes = [tuple(v.shape) if isinstance(v, Tensor) else v for v in values]
         raise ExampleInputsError(
             f"{type(model).__name__!r} does not run on the example inputs of shape {shapes}: "
             f"{_first_line(error)}; pass example_inputs that its forward accepts"
         ) from error
+
+
+class _RealPropagation(fx.Interpreter):
+    """Runs a graph on real tensors, and keeps their shapes."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        n.meta["val"] = fx.node.map_aggregate(
+            result, lambda v: v.to("meta") if isinstance(v, Tensor) else v
+        )
+        return result
 
 
 def _first_line(error: Exception) -> str:

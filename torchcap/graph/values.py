@@ -8,9 +8,10 @@ A :class:`Channels` is a tensor whose channels are followed, an :class:`Opaque` 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
@@ -86,6 +87,7 @@ class Call:
         module, path: the module that is called and its qualified name, for a module call.
         table: where channels are joined, fixed and restricted.
         rule_of: finds the rule of a module, for layers that hold others inside.
+        ran: the modules that have run so far, with their results; see :meth:`inside`.
         folded: whether this is a normalisation that will be folded into the layer before it.
     """
 
@@ -97,6 +99,7 @@ class Call:
     path: str
     table: ChannelTable
     rule_of: Callable[[nn.Module], Rule | None]
+    ran: list[tuple[str, nn.Module, Any]]
     folded: bool = False
 
     @property
@@ -137,6 +140,22 @@ class Call:
             if isinstance(value, Channels | Extent):
                 self.table.fix(value.ids, reason)
         return opaque(self.result)
+
+    def inside(self, name: str, x: Value, shape: tuple[int, ...]) -> Value:
+        """Apply the rule of a module that this one holds and calls.
+
+        Args:
+            name: its name in this module.
+            x: its input.
+            shape: the shape of its result.
+        """
+        module = getattr(self.module, name)
+        result = torch.empty(shape, device="meta")
+        path = f"{self.path}.{name}"
+        call = replace(self, args=(x,), kwargs={}, result=result, module=module, path=path)
+        self.ran.append((path, module, result))
+        rule = self.rule_of(module)
+        return call.give_up(f"no rule for {call.label}") if rule is None else rule(call)
 
     def has(self, name: str) -> bool:
         """Whether the module has a tensor of this name."""

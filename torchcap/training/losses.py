@@ -137,7 +137,8 @@ def _logits(output: Any) -> Iterator[Tensor]:
 
 
 def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    ours = F.log_softmax(student.float() / temperature, dim=1)
-    theirs = F.log_softmax(teacher.float() / temperature, dim=1)
+    kind = torch.promote_types(student.dtype, torch.float32)
+    ours = F.log_softmax(student.to(kind) / temperature, dim=1)
+    theirs = F.log_softmax(teacher.to(kind) / temperature, dim=1)
     pointwise = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
     return temperature**2 * pointwise.mean()

@@ -46,6 +46,8 @@ class TeacherPass(Attachment):
         self._features: dict[int, Tensor] = {}
         self._energies: dict[int, Tensor] = {}
         self._terms: list[Tensor] = []
+        self._versions: dict[int, int] = {}
+        self._copied = {index for index, tap in enumerate(self.taps) if tap.mutated}
         self._probes: list[_Probe] = []
         for index, tap in enumerate(self.taps):
             probe = _Probe(self._keep_feature, index, tap)
@@ -68,12 +70,15 @@ class TeacherPass(Attachment):
         self._clear()
         if not model.training:
             return
+        self.loss = None
         self._follow(model)
-        for probe in self._probes:
-            probe.start()
-        with torch.no_grad():
-            self.output = self.teacher(*args, **kwargs)
-            self._energies = _reduced({i: _squared_norm(x) for i, x in self._features.items()})
+        self._run_teacher(args, kwargs)
+        if written := self._written():
+            # An operator behind these taps wrote into what they saw: from now on they keep copies.
+            self._copied |= written
+            self._clear()
+            self._run_teacher(args, kwargs)
+        self._energies = _reduced({i: _squared_norm(x) for i, x in self._features.items()})
 
     def after_forward(self, model: nn.Module, _: Any, output: Any) -> None:
         """Sum up the terms; after an error, or in evaluation mode, there are none."""
@@ -87,8 +92,22 @@ class TeacherPass(Attachment):
             self.loss = torch.stack(self._terms).sum()
         self._clear()
 
+    def _run_teacher(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        for probe in self._probes:
+            probe.start()
+        with torch.no_grad():
+            self.output = self.teacher(*args, **kwargs)
+
+    def _written(self) -> set[int]:
+        """Return the taps whose features have been written to since they were seen."""
+        return {
+            index
+            for index, feature in self._features.items()
+            if index not in self._copied and feature._version != self._versions[index]
+        }
+
     def _clear(self) -> None:
-        self._features, self._energies, self._terms = {}, {}, []
+        self._features, self._energies, self._terms, self._versions = {}, {}, [], {}
         for probe in self._probes:
             probe.stop()
 
@@ -100,8 +119,12 @@ class TeacherPass(Attachment):
             self.teacher.to(device=theirs.device, dtype=theirs.dtype)
 
     def _keep_feature(self, index: int, feature: Tensor) -> None:
-        mutated = self.taps[index].mutated
-        self._features[index] = feature.clone() if mutated else feature
+        if feature.is_inference():  # these keep no count of what is written to them
+            self._copied.add(index)
+        if index in self._copied:
+            self._features[index] = feature.clone()
+        else:
+            self._features[index], self._versions[index] = feature, feature._version
 
     def _compare(self, index: int, feature: Tensor) -> None:
         """Add the normalised error of the student's feature at one tap."""
@@ -110,6 +133,8 @@ class TeacherPass(Attachment):
             return
         dim, segments = self.taps[index].dim, self.segments[index]
         if segments is not None:
+            if index in self._copied:
+                feature = feature.clone()
             # The student's channels are fewer here: compare in the teacher's coordinates.
             with torch.autocast(feature.device.type, enabled=False):
                 feature = lift_segments(feature.movedim(dim, 0).flatten(1), segments)
@@ -119,7 +144,7 @@ class TeacherPass(Attachment):
 
     def __getstate__(self) -> dict[str, Any]:
         # What a forward leaves behind does not survive a copy: non-leaf tensors cannot.
-        passing: dict[str, Any] = {"_features": {}, "_energies": {}, "_terms": []}
+        passing: dict[str, Any] = {"_features": {}, "_energies": {}, "_terms": [], "_versions": {}}
         return {**self.__dict__, **passing, "loss": None, "output": None}
 
 

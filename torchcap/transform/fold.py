@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from torchcap.graph.rules import STANDARDIZED
 from torchcap.graph.spaces import Fold
+from torchcap.transform.student import HOOKS
 
 
 @torch.no_grad()
@@ -33,7 +34,10 @@ def fold_(model: nn.Module, folds: Sequence[Fold]) -> None:
         if fold.norm is not None:
             norm = model.get_submodule(fold.norm)
             _absorb(layer, norm)
-            _replace(model, fold.norm, _remainder(norm))
+            rest = _remainder(norm)
+            for name in HOOKS:
+                getattr(rest, name).update(getattr(norm, name))
+            _replace(model, fold.norm, rest)
 
 
 def _absorb(layer: nn.Module, norm: nn.Module) -> None:
@@ -47,7 +51,7 @@ def _absorb(layer: nn.Module, norm: nn.Module) -> None:
         shift = shift + bias.double() * scale
     wide = scale.reshape(-1, *(1 for _ in weight.shape[1:]))
     layer.weight = _like(weight, weight.double() * wide)
-    layer.bias = _like(weight, shift)
+    layer.bias = _like(bias if isinstance(bias, nn.Parameter) else weight, shift)
 
 
 def _tensor(norm: nn.Module, name: str, default: float, like: Tensor) -> Tensor:

@@ -13,15 +13,7 @@ from torch.nn.utils import parametrize
 
 from torchcap.projection.maps import shared_bases
 from torchcap.projection.parametrizations import ProjectAxis
-from torchcap.transform.student import Student, attachments, student_of, unwrapped
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks_with_kwargs",
-)
+from torchcap.transform.student import HOOKS, Student, attachments, student_of, unwrapped
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -121,7 +113,7 @@ def _strip(module: nn.Module, stand_ins: set[int]) -> None:
         for key, hook in hooks.items()
         if id(getattr(hook, "__self__", None)) in stand_ins
     }
-    for name in _HOOKS:
+    for name in HOOKS:
         hooks: OrderedDict[int, Any] = getattr(module, name)
         for key in gone:
             hooks.pop(key, None)

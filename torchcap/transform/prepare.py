@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from timm.models.vgg import ConvMlp
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
@@ -51,11 +52,12 @@ def project_(
             key = _Axis(port.module, port.parameter, port.axis, port.groups)
             ports.setdefault(key, []).append((port, space))
     homeless = dict(projections)
-    features = _classifier_width(model)
+    followed = _feature_attributes(model)
     for axis, found in sorted(ports.items(), key=lambda entry: entry[0].axis):
         _register(model, axis, found, projections, homeless)
-    if features is not None:
-        _set_feature_sizes_(model, features, _classifier_width(model) or features)
+    for owner, name, layer, width in followed:
+        with contextlib.suppress(AttributeError):  # a read-only property follows by itself
+            setattr(owner, name, getattr(layer, width))
     for module in model.modules():
         if isinstance(module, _NormBase) and module.track_running_stats:
             FrozenStatistics().attach(module)
@@ -158,15 +160,27 @@ def _set_width_(module: nn.Module, parameter: str, axis: int, width: int) -> Non
         module.num_parameters = width
 
 
-def _classifier_width(model: nn.Module) -> int | None:
+def _feature_attributes(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module, str]]:
+    """Find timm's size attributes that ``reset_classifier`` builds from.
+
+    Returns:
+        (module, attribute, layer, the layer's attribute that it repeats).
+    """
     getter = getattr(model, "get_classifier", None)
     classifier = getter() if callable(getter) else None
-    return classifier.in_features if isinstance(classifier, nn.Linear) else None
-
-
-def _set_feature_sizes_(model: nn.Module, before: int, after: int) -> None:
-    """Set timm's ``num_features`` and the like, which ``reset_classifier`` builds from."""
-    for name in ("num_features", "head_hidden_size"):
-        if getattr(model, name, None) == before:
-            with contextlib.suppress(AttributeError):  # a read-only property follows by itself
-                setattr(model, name, after)
+    conv = getattr(model, "conv_head", None)  # behind the pooling in the MobileNetV3 family
+    sources: list[tuple[nn.Module, str]] = []
+    if isinstance(classifier, nn.Linear):
+        sources.append((classifier, "in_features"))
+    if isinstance(conv, nn.Conv2d):
+        sources.append((conv, "in_channels"))
+    if isinstance(mlp := getattr(model, "pre_logits", None), ConvMlp):
+        sources.append((mlp.fc1, "in_channels"))
+    found = []
+    for owner in (model, getattr(model, "head", None)):
+        for name in ("num_features", "head_hidden_size", "in_features"):
+            value = getattr(owner, name, None)
+            fitting = [source for source in sources if getattr(*source) == value]
+            if isinstance(owner, nn.Module) and fitting and fitting[0][0] is not owner:
+                found.append((owner, name, *fitting[0]))
+    return found

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchcap.errors import DataError
+from torchcap.errors import DataError, PlanError, TorchcapError
 from torchcap.graph.spaces import ChannelSpace, Port, SpaceGraph
 from torchcap.plan.plan import Plan
 from torchcap.projection.initialize import Initializer, Readout, SpaceContext
@@ -69,14 +69,40 @@ def bases_for(
     """
     spaces = [graph[name] for name in plan.choices]
     moments = {} if data is None else _collect(model, spaces, data)
-    return {
-        space.name: init(_context(model, space, plan.ranks[space.name], moments))
-        for space in spaces
-    }
+    return {space.name: _basis(init, _context(model, space, plan, moments)) for space in spaces}
+
+
+def _basis(init: Initializer, context: SpaceContext) -> Tensor:
+    """Let an initializer choose, and check what it gives."""
+    try:
+        basis = init(context)
+    except ValueError as error:
+        if isinstance(error, TorchcapError):
+            raise
+        raise DataError(
+            f"no start for space {context.name!r} ({error}); give data=, or start from the weights "
+            "alone: init=LargestNorm()"
+        ) from error
+    shape = (context.blocks, context.block_channels, context.block_rank)
+    if not isinstance(basis, Tensor) or tuple(basis.shape) != shape:
+        given = tuple(basis.shape) if isinstance(basis, Tensor) else type(basis).__name__
+        raise PlanError(
+            f"the initializer's basis of space {context.name!r} must have shape {shape}, "
+            f"(blocks, channels / blocks, rank / blocks); got {given}"
+        )
+    P = basis.double()
+    gap = (P.mT @ P - torch.eye(shape[2], dtype=P.dtype, device=P.device)).abs().max()
+    if not gap <= 1e-4 or (context.selection and not bool(((P == 0) | (P == 1)).all())):
+        kind = "columns of the identity" if context.selection else "orthonormal columns"
+        raise PlanError(
+            f"the initializer's basis of space {context.name!r} must have {kind}; its PᵀP is "
+            f"off the identity by {float(gap):.1e}"
+        )
+    return basis
 
 
 def _context(
-    model: nn.Module, space: ChannelSpace, rank: int, moments: Mapping[_Key, _Reading]
+    model: nn.Module, space: ChannelSpace, plan: Plan, moments: Mapping[_Key, _Reading]
 ) -> SpaceContext:
     producers = [
         _embedded(_rows(model, port), port, space.channels)
@@ -92,7 +118,7 @@ def _context(
     return SpaceContext(
         name=space.name,
         channels=space.channels,
-        rank=rank,
+        rank=plan.ranks[space.name],
         blocks=space.blocks,
         selection=space.freedom == "selection",
         producers=tuple(producers),
@@ -170,6 +196,11 @@ def _own_moment(space: ChannelSpace, readings: list[_Reading]) -> Tensor | None:
 @torch.no_grad()
 def _collect(model: nn.Module, spaces: list[ChannelSpace], data: Batches) -> dict[_Key, _Reading]:
     """Run the data through the model and sum up the moments of every consumer's input."""
+    if isinstance(data, Tensor | str | bytes) or not isinstance(data, Iterable):
+        raise DataError(
+            f"data must be an iterable of batches, got {type(data).__name__}; wrap one batch into "
+            "a list: data=[images]"
+        )
     readings: dict[_Key, _Reading] = {}
     by_module: dict[str, list[_Reading]] = {}
     for space in spaces:
@@ -181,8 +212,7 @@ def _collect(model: nn.Module, spaces: list[ChannelSpace], data: Batches) -> dic
     with _watched(model, by_module):
         for batch in data:
             args, kwargs = model_inputs(batch)
-            _check_batch(args, seen)
-            model(*args, **kwargs)
+            _run_batch(model, args, kwargs, seen)
             seen += 1
     if not seen:
         raise DataError("the data is empty: expected at least one batch of images")
@@ -245,7 +275,22 @@ def model_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def _check_batch(args: tuple[Any, ...], number: int) -> None:
-    for tensor in args:
-        if isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all()):
+def _run_batch(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], number: int
+) -> None:
+    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+    for tensor in tensors:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise DataError(f"batch {number} of the data holds NaN or infinite values")
+    try:
+        model(*args, **kwargs)
+    except TorchcapError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors)
+        lines = str(error).strip().splitlines()
+        raise DataError(
+            f"batch {number} of the data, {shapes}, does not run through "
+            f"{type(model).__name__!r}: {lines[0] if lines else type(error).__name__}; give "
+            "batches that its forward accepts"
+        ) from error

@@ -18,6 +18,15 @@ from torchcap.graph.spaces import Fold, SpaceGraph
 from torchcap.plan.plan import Plan
 from torchcap.projection.maps import Projection, release_bases, share_bases
 
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+)
+"""Where a module keeps its forward hooks, and what it knows about them."""
+
 
 class Attachment:
     """Base of whatever torchcap hangs on a model as a hook, so that it can be found and removed."""
@@ -99,8 +108,10 @@ def attachments(module: nn.Module) -> Iterator[Attachment]:
                 yield owner
 
 
-def find_attachment(model: nn.Module, kind: type[A]) -> A | None:
+def find_attachment(model: object, kind: type[A]) -> A | None:
     """Return the attachment of a kind on the root of a model, if there is one."""
+    if not isinstance(model, nn.Module):
+        return None
     return next((a for a in attachments(unwrapped(model)) if isinstance(a, kind)), None)
 
 
