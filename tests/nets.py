@@ -40,6 +40,10 @@ class Space:
     reason: str = ""
     blocks: int = 1
 
+    @property
+    def free(self) -> bool:
+        return self.freedom != "fixed"
+
 
 @dataclass(frozen=True)
 class Truth:
@@ -606,6 +610,48 @@ class GroupedAfterConcatenation(nn.Module):
 
 
 @truth(
+    Space(12, "stiefel", "a c", "grouped", blocks=2),
+    Space(10, "stiefel", "b d", "grouped", blocks=2),
+    Space(8, "stiefel", "grouped", "last", blocks=2),
+    Space(4, "fixed", "last", reason=OUTPUT),
+)
+class GroupsOfTwoSpaces(nn.Module):
+    """One group reads ``a`` and ``b``, the other ``c`` and ``d``: so ``a`` and ``c`` are tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = conv(3, 6)
+        self.b = conv(3, 5)
+        self.c = conv(3, 6)
+        self.d = conv(3, 5)
+        self.grouped = conv(22, 8, groups=2)
+        self.last = conv(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([F.relu(layer(x)) for layer in (self.a, self.b, self.c, self.d)], 1)
+        return self.last(F.relu(self.grouped(x)))
+
+
+@truth(
+    Space(8, "stiefel", "conv1", "grouped", blocks=2),
+    Space(8, "stiefel", "grouped", "conv2", blocks=2),
+    Space(4, "fixed", "conv2", reason=OUTPUT),
+)
+class SwappedHalves(nn.Module):
+    """The first group reads the second block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = conv(3, 8)
+        self.grouped = conv(8, 8, groups=2)
+        self.conv2 = conv(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = F.relu(self.conv1(x)).chunk(2, 1)
+        return self.conv2(F.relu(self.grouped(torch.cat([right, left], 1))))
+
+
+@truth(
     Space(4, "fixed", "conv1", "twos threes", reason="does not fall evenly into the 2 groups"),
     Space(2, "fixed", "conv1", "twos threes", reason="does not fall evenly into the 2 groups"),
     Space(2, "fixed", "conv1", "twos threes", reason="does not fall evenly into the 2 groups"),
@@ -769,6 +815,35 @@ class LayerScale(nn.Module):
 )
 class LayerScaleOfTheRoot(ScaledBlock):
     """The scale is a parameter of the network itself."""
+
+
+class Scales(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.wide = nn.Parameter(torch.rand(1, channels, 1, 1) + 0.5)
+        self.flat = nn.Parameter(torch.rand(channels) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x * self.wide).permute(0, 2, 3, 1) * self.flat).permute(0, 3, 1, 2)
+
+
+@truth(
+    Space(8, "selection", "conv1", "conv2", "gate", "multiplied channel by channel"),
+    Space(6, "stiefel", "conv2", "conv3"),
+    Space(4, "fixed", "conv3", reason=OUTPUT),
+)
+class ScaledTwice(nn.Module):
+    """Both parameters of one small module carry the space, one behind a permutation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = conv(3, 8)
+        self.gate = Scales(8)
+        self.conv2 = conv(8, 6)
+        self.conv3 = conv(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv3(F.relu(self.conv2(self.gate(F.relu(self.conv1(x))))))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -20,11 +20,7 @@ def read(net: str) -> SpaceGraph:
     return analyze(NETS[net].model(), NETS[net].inputs())
 
 
-def free(net: str) -> bool:
-    return any(space.freedom != "fixed" for space in NETS[net].spaces.values())
-
-
-FREE_NETS = [net for net in NETS if free(net)]
+FREE_NETS = [net for net in NETS if any(space.free for space in NETS[net].spaces.values())]
 
 
 # --------------------------------------------------------------------------------------------------

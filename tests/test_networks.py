@@ -1,4 +1,4 @@
-"""The networks that people use: read right, rewritten right, and their cost predicted exactly.
+"""Tiny networks and those that people use: read right, rewritten right, their cost predicted.
 
 Images are as small as a network allows, since nothing here depends on their size.
 """
@@ -15,10 +15,11 @@ import pytest
 import timm
 import torch
 import torchvision
-from nets import CifarResNet
+from nets import NETS, CifarResNet
 from proofs import (
     counted_cost,
     identity_error,
+    materialize_error,
     permutation_error,
     random_plan,
     random_student,
@@ -26,10 +27,49 @@ from proofs import (
     relative_difference,
 )
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from torchcap import Plan, SpaceGraph, analyze, cost, materialize
 
 models = torchvision.models
+
+# --------------------------------------------------------------------------------------------------
+# The tiny networks, whose spaces test_spaces.py knows
+
+TINY = pytest.mark.parametrize(
+    "net", [name for name, truth in NETS.items() if any(s.free for s in truth.spaces.values())]
+)
+
+
+@TINY
+@pytest.mark.parametrize("seed", [0, 1])
+def test_tiny_network_materialized_equals_prepared(net: str, seed: int) -> None:
+    model, inputs = NETS[net].model(), NETS[net].inputs()
+    randomize_(model, torch.Generator().manual_seed(seed))
+    plan = random_plan(analyze(model, inputs), seed)
+    assert materialize_error(random_student(model, plan, inputs, seed), inputs) <= 1e-12
+
+
+@TINY
+def test_tiny_network_at_full_width_from_the_identity_is_the_original(net: str) -> None:
+    model, inputs = NETS[net].model(), NETS[net].inputs()
+    randomize_(model, torch.Generator().manual_seed(2))
+    assert identity_error(model, inputs) <= 1e-12
+
+
+@TINY
+def test_tiny_network_materialized_has_no_projection_left(net: str) -> None:
+    model, inputs = NETS[net].model(), NETS[net].inputs()
+    small = materialize(random_student(model, random_plan(analyze(model, inputs), 0), inputs))
+    parametrized = [name for name, m in small.named_modules() if parametrize.is_parametrized(m)]
+    # The one network with a parametrization of its own keeps that.
+    assert parametrized == (["conv1"] if net == "Parametrized" else [])
+    assert type(small) is type(model)
+    assert not any(type(m).__module__.startswith("torchcap") for m in small.modules())
+
+
+# --------------------------------------------------------------------------------------------------
+# The networks that people use
 
 
 @dataclass(frozen=True)

@@ -338,6 +338,20 @@ def test_arguments_left_at_their_default_are_read_as_such() -> None:
     assert "multiplied with a tensor whose channels are not followed" in masked["conv1"].reason
 
 
+def test_arguments_that_are_no_tensors_are_read_as_given() -> None:
+    class Switched(ConvChain):
+        def forward(self, x: Tensor, mask: Tensor | None, bent: bool) -> Tensor:  # noqa: FBT001
+            x = self.conv1(x)
+            if mask is not None:
+                x = x * mask
+            return self.conv2(F.relu(x) if bent else x)
+
+    assert analyze(Switched(), (IMAGE, None, True))["conv1"].freedom == "stiefel"
+    assert (
+        analyze(Switched(), {"x": IMAGE, "mask": None, "bent": False})["conv1"].freedom == "linear"
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_dtype_does_not_matter(dtype: torch.dtype) -> None:
     model = NETS["Bottleneck"].model().to(dtype)

@@ -101,7 +101,8 @@ class _Reading:
         self.readings = readings
         self.rules = rules
         self.table = ChannelTable()
-        self.folds = find_folds([reading.module for reading in readings])
+        self.entangled = self._entangled()
+        self.folds = find_folds([reading.module for reading in readings], self.entangled.keys())
         self.folded = {fold.norm for fold in self.folds if fold.norm is not None}
         self.notes: Counter[str] = Counter()
         self.values: dict[fx.Node, Value] = {}
@@ -111,8 +112,7 @@ class _Reading:
         for reading in self.readings:
             for node in reading.module.graph.nodes:
                 self.values[node] = self._visit(reading, node)
-        self._fix_shared_parameters()
-        self._fix_shared_layers()
+        self._fix_entangled()
         self._fix_auxiliary_layers()
         sights = find_sights(self.readings[0], self.values)
         resolved = self.table.resolve([sight.value.ids for sight in sights])
@@ -158,7 +158,8 @@ class _Reading:
         if any(isinstance(v, Extent) for v in values) and rule not in READS_SIZES:
             return call.give_up(f"its number of channels is used in {call.label}")
         try:
-            return rule(call)
+            value = rule(call)
+            return value if _consistent(value, call.result) else call.give_up(call.unexpected)
         except Exception as error:  # a rule that fails is a boundary, not a crash
             self.notes[f"{call.label} (its rule failed: {error})"] += 1
             return call.give_up(f"the rule of {call.label} failed")
@@ -205,26 +206,41 @@ class _Reading:
     # ----------------------------------------------------------------------------------------------
     # What no operator shows
 
-    def _fix_shared_parameters(self) -> None:
-        """Fix layers whose parameters have another owner too, or another reader."""
-        owners = Counter(
-            id(tensor)
-            for _, module in self.model.named_modules()
-            for tensor in [*module._parameters.values(), *module._buffers.values()]
-            if tensor is not None
-        )
-        read = {
-            (str(node.target).rpartition(".")[0], str(node.target).rpartition(".")[2])
+    def _entangled(self) -> dict[str, str]:
+        """Return the modules whose tensors have another owner, name or reader, with the reason."""
+        owners: dict[int, list[tuple[str, str]]] = {}
+        names: dict[int, list[str]] = {}
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            names.setdefault(id(module), []).append(path)
+            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None and len(names[id(module)]) == 1:
+                    owners.setdefault(id(tensor), []).append((path, name))
+        reasons: dict[str, str] = {}
+        for reading in self.readings:
+            for node in reading.module.graph.find_nodes(op="get_attr"):
+                path = str(node.target).rpartition(".")[0]
+                reasons[path] = f"{node.target} is read outside of its layer"
+        for places in owners.values():
+            for path, name in places if len(places) > 1 else ():
+                reasons[path] = f"{path}.{name} is shared with another layer"
+        for paths in names.values():
+            for path in paths if len(paths) > 1 else ():
+                reasons[path] = f"{path!r} is registered under two names"
+        return reasons
+
+    def _fix_entangled(self) -> None:
+        """Fix what would change in two places: a direct carrier is read where it is owned."""
+        direct = {
+            str(node.target)
             for reading in self.readings
             for node in reading.module.graph.find_nodes(op="get_attr")
         }
         for axis in self.table.axes.values():
-            module = self.model.get_submodule(axis.module)
-            for name, _ in axis.tensors:
-                if owners[id(getattr(module, name))] > 1:
-                    self.table.fix(axis.ids, f"{axis.module}.{name} is shared with another layer")
-                if axis.role != "carrier" and (axis.module, name) in read:
-                    self.table.fix(axis.ids, f"{axis.module}.{name} is read outside of its layer")
+            reason = self.entangled.get(axis.module)
+            own = axis.role == "carrier" and len(axis.tensors) == 1
+            name = f"{axis.module}.{axis.tensors[0][0]}" if axis.module else axis.tensors[0][0]
+            if reason is not None and not (own and name in direct and "outside" in reason):
+                self.table.fix(axis.ids, reason)
 
     def _fix_auxiliary_layers(self) -> None:
         """Fix what auxiliary heads write: evaluation never runs them, so nothing is gained."""
@@ -232,16 +248,6 @@ class _Reading:
         for axis in self.table.axes.values():
             if axis.role == "producer" and axis.module not in called:
                 self.table.fix(axis.ids, f"{axis.module!r} runs in training mode only")
-
-    def _fix_shared_layers(self) -> None:
-        """Fix layers that are one module under two names: sizes would be set twice."""
-        paths: dict[int, list[str]] = {}
-        for path, module in self.model.named_modules(remove_duplicate=False):
-            paths.setdefault(id(module), []).append(path)
-        shared = {path for names in paths.values() if len(names) > 1 for path in names}
-        for axis in self.table.axes.values():
-            if axis.module in shared:
-                self.table.fix(axis.ids, f"{axis.module!r} is registered under two names")
 
     # ----------------------------------------------------------------------------------------------
     # Writing down what was found
@@ -279,8 +285,18 @@ class _Reading:
     def _calls(self) -> Iterator[LayerCall]:
         for path, module, result in self.ran.get("eval", ()):
             if isinstance(module, CONVOLUTIONS + LINEARS) and isinstance(result, Tensor):
-                rows = getattr(module, "weight").shape[0]  # noqa: B009 - not known to be a tensor
-                yield LayerCall(path, result.numel() // rows)
+                shape = tuple(getattr(module, "weight").shape)  # noqa: B009 - of no known type
+                yield LayerCall(path, result.numel() // shape[0], shape)
+
+
+def _consistent(value: Value, result: Any) -> bool:
+    """Whether what a rule says of a result fits its shape: a last guard against a wrong rule."""
+    if isinstance(value, Channels):
+        fits = isinstance(result, Tensor) and value.shape == tuple(result.shape)
+        return fits and value.shape[value.dim] == len(value.ids)
+    if isinstance(value, tuple) and isinstance(result, tuple | list):
+        return len(value) == len(result) and all(map(_consistent, value, result))
+    return True
 
 
 def _mapped(value: Any, values: Mapping[fx.Node, Value]) -> Any:

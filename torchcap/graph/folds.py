@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
@@ -13,13 +13,19 @@ from torchcap.graph.rules import RULES, STANDARDIZED, find_module_rule
 from torchcap.graph.spaces import Fold
 
 
-def find_folds(graphs: Sequence[fx.GraphModule]) -> tuple[Fold, ...]:
+def find_folds(
+    graphs: Sequence[fx.GraphModule], entangled: Collection[str] = ()
+) -> tuple[Fold, ...]:
     """Find the batch norms that fold into a layer, and the layers with weight standardisation.
 
     A batch norm folds where in every graph it directly follows its layer, is the layer's only
     reader, and both are called once: then the pair is one affine map per output channel.
+
+    Args:
+        graphs: the graphs of one model.
+        entangled: modules whose tensors have another owner or another reader; they don't fold.
     """
-    pairs = [dict(_pairs(graph)) for graph in graphs]
+    pairs = [dict(_pairs(graph, entangled)) for graph in graphs]
     used = [_calls(graph) for graph in graphs]
     folds: dict[str, Fold] = {}
     for graph, found in zip(graphs, pairs, strict=True):
@@ -34,7 +40,11 @@ def find_folds(graphs: Sequence[fx.GraphModule]) -> tuple[Fold, ...]:
             layer = str(node.target)
             module = graph.get_submodule(layer)
             standard = isinstance(module, STANDARDIZED) and _foldable(module)
-            if standard and find_module_rule(module, RULES) is convolution:
+            if (
+                standard
+                and layer not in entangled
+                and find_module_rule(module, RULES) is convolution
+            ):
                 folds.setdefault(layer, Fold(layer, None))
     return tuple(folds.values())
 
@@ -43,11 +53,13 @@ def _calls(graph: fx.GraphModule) -> Counter[str]:
     return Counter(str(node.target) for node in graph.graph.find_nodes(op="call_module"))
 
 
-def _pairs(graph: fx.GraphModule) -> Iterator[tuple[str, str]]:
+def _pairs(graph: fx.GraphModule, entangled: Collection[str]) -> Iterator[tuple[str, str]]:
     calls = _calls(graph)
     for node in graph.graph.find_nodes(op="call_module"):
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
+            continue
+        if {str(node.target), str(source.target)} & set(entangled):
             continue
         norm = graph.get_submodule(str(node.target))
         layer = graph.get_submodule(str(source.target))

@@ -143,10 +143,12 @@ class LayerCall:
     Attributes:
         module: qualified name of the layer.
         positions: how often each output channel is computed (batch times output positions).
+        shape: shape of its weight.
     """
 
     module: str
     positions: int
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

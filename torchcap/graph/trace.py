@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,7 +77,7 @@ def trace(
     inputs = default_inputs(model) if example_inputs is None else as_inputs(example_inputs)
     if isinstance(model, fx.GraphModule):
         graph_module = fx.GraphModule(shadow(model), _copy_graph(model.graph))
-        _propagate_shapes(graph_module, model, inputs)
+        _propagate_shapes(graph_module, model, inputs, "eval")
         return (Traced(graph_module, {}, "eval"),)
     evaluation = _trace_in_mode(model, inputs, is_leaf, training=False)
     readings: tuple[Traced, ...] = (evaluation,)
@@ -86,7 +87,7 @@ def trace(
         if _signature(training) != _signature(evaluation):
             readings = (evaluation, training)
     for reading in readings:
-        _propagate_shapes(reading.module, model, inputs)
+        _propagate_shapes(reading.module, model, inputs, reading.mode)
     return readings
 
 
@@ -187,12 +188,13 @@ def _trace_in_mode(
 ) -> Traced:
     reader = _Reader(is_leaf)
     mode = "train" if training else "eval"
-    concrete = _unused_arguments(model, inputs)
+    concrete = _frozen_arguments(model, inputs)
     # Some forwards keep what they compute on the module; a proxy kept there would spoil the model.
     copied = shadow(model)
     _set_mode(copied, training=training)
     try:
-        graph = reader.trace(copied, concrete_args=concrete)
+        with warnings.catch_warnings(action="ignore"):  # of frozen arguments that are not asserted
+            graph = reader.trace(copied, concrete_args=concrete)
     except Exception as error:  # a user's forward may raise anything on a proxy
         raise TraceError(
             f"cannot trace {type(model).__name__!r} in {mode} mode: "
@@ -209,14 +211,24 @@ def _signature(traced: Traced) -> list[tuple[str, str, str]]:
     return [(n.op, str(n.target), str((n.args, n.kwargs))) for n in traced.module.graph.nodes]
 
 
-def _unused_arguments(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """Freeze arguments that the example leaves at their default, so that branches on them trace."""
+def _frozen_arguments(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """Freeze the arguments that are no tensors, defaults too, so that branches on them trace."""
     bound = _bind(model, inputs)
+    bound.apply_defaults()
+    variadic = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
     return {
-        name: parameter.default
+        name: bound.arguments[name]
         for name, parameter in bound.signature.parameters.items()
-        if name not in bound.arguments and parameter.default is not inspect.Parameter.empty
+        if parameter.kind not in variadic and not _holds_tensor(bound.arguments[name])
     }
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_tensor, value.values()))
+    if isinstance(value, tuple | list):
+        return any(map(_holds_tensor, value))
+    return isinstance(value, Tensor)
 
 
 def _bind(model: nn.Module, inputs: Inputs) -> inspect.BoundArguments:
@@ -242,22 +254,25 @@ def _placeholder_values(model: nn.Module, inputs: Inputs) -> list[Any]:
     return values
 
 
-def _propagate_shapes(graph_module: fx.GraphModule, model: nn.Module, inputs: Inputs) -> None:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+def _propagate_shapes(
+    graph_module: fx.GraphModule, model: nn.Module, inputs: Inputs, mode: str
+) -> None:
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
     values = _placeholder_values(model, inputs)
     try:
         # Shapes are those of evaluation: batch norm refuses one value a channel in training.
         _set_mode(graph_module, training=False)
         with torch.no_grad():
             try:
-                FakeTensorProp(graph_module, mode).propagate(*values)
+                FakeTensorProp(graph_module, fake).propagate(*values)
             except DataDependentOutputException:  # a leaf looks at values: run it on real ones
                 _RealPropagation(graph_module).run(*values)
     except Exception as error:  # a user's forward may raise anything on a wrong shape
         shapes = [tuple(v.shape) if isinstance(v, Tensor) else v for v in values]
         raise ExampleInputsError(
-            f"{type(model).__name__!r} does not run on the example inputs of shape {shapes}: "
-            f"{_first_line(error)}; pass example_inputs that its forward accepts"
+            f"{type(model).__name__!r} does not run in {mode} mode on the example inputs of shape "
+            f"{shapes}: {_first_line(error)}; pass example_inputs that its forward accepts in "
+            "both modes (auxiliary heads may want larger images)"
         ) from error
 
 

@@ -121,10 +121,11 @@ class Call:
         return tuple(self.result.shape)
 
     def argument(self, index: int, name: str, default: Value = None) -> Value:
-        """Return an argument by position or name."""
+        """Return an argument by position or name, or by NumPy's name for it."""
         if index < len(self.args):
             return self.args[index]
-        return self.kwargs.get(name, default)
+        numpy_name = {"dim": "axis", "keepdim": "keepdims", "input": "x"}.get(name, name)
+        return self.kwargs.get(name, self.kwargs.get(numpy_name, default))
 
     def followed(self) -> list[Channels]:
         """Return the tensors among the arguments whose channels are followed."""

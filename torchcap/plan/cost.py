@@ -2,7 +2,8 @@
 
 Convention: one multiply-add counts as one, and only convolutions and linear layers count, in
 evaluation mode on the example inputs. This is what fvcore reports for its operators ``conv`` and
-``linear``; it counts norms and pools besides.
+``linear``; it counts norms and pools besides. Transposed convolutions, and convolutions that are
+called as functions, are not counted.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from torchcap.graph.spaces import Port, SpaceGraph
+from torchcap.graph.spaces import SpaceGraph
 from torchcap.plan.plan import Plan
 
 
@@ -46,7 +47,8 @@ def cost(graph: SpaceGraph, plan: Plan | None = None) -> Cost:
     shapes = shapes_under(folded, plan.ranks if plan is not None else {})
     macs = activations = 0
     for call in folded.calls:
-        shape = shapes[f"{call.module}.weight" if call.module else "weight"]
+        # Weights that are tied or parametrized stand under other names, and never change.
+        shape = shapes.get(f"{call.module}.weight" if call.module else "weight", call.shape)
         macs += call.positions * prod(shape)
         activations += call.positions * shape[0]
     return Cost(macs, sum(prod(shape) for shape in shapes.values()), activations)
@@ -54,15 +56,15 @@ def cost(graph: SpaceGraph, plan: Plan | None = None) -> Cost:
 
 def shapes_under(graph: SpaceGraph, ranks: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter when the named spaces have the given ranks."""
-    shapes = {name: list(shape) for name, shape in graph.tensors.items()}
+    removed: dict[tuple[str, int, int], int] = {}
     for space in graph.spaces:
         dropped = space.channels - ranks.get(space.name, space.channels)
         for port in space.ports:
-            if dropped and port.tensor in shapes:
-                shapes[port.tensor][port.axis] -= _removed(port, space.channels, dropped)
+            key = (port.tensor, port.axis, port.groups)
+            gone = dropped * port.channels // space.channels * port.repeat
+            removed[key] = removed.get(key, 0) + gone
+    shapes = {name: list(shape) for name, shape in graph.tensors.items()}
+    for (tensor, axis, groups), gone in removed.items():
+        if tensor in shapes:  # buffers are no parameters
+            shapes[tensor][axis] -= gone // groups  # the groups of a layer share its entries
     return {name: tuple(shape) for name, shape in shapes.items()}
-
-
-def _removed(port: Port, channels: int, dropped: int) -> int:
-    """Return how many entries of the port's axis go; the groups of a layer share theirs."""
-    return dropped * port.channels // channels * port.repeat // port.groups

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import isfinite
+from operator import index
 from types import MappingProxyType
 from typing import Any
 
@@ -35,13 +36,20 @@ class Plan:
     model: str = ""
 
     def __post_init__(self) -> None:
+        choices = {}
         for name, choice in self.choices.items():
-            if not isinstance(choice.rank, int) or not 1 <= choice.rank <= choice.channels:
+            channels, rank = _integer(choice.channels), _integer(choice.rank)
+            if channels is None or channels < 1:
                 raise PlanError(
-                    f"space {name!r} has {choice.channels} channels, so its rank must be an "
-                    f"integer within 1..{choice.channels}; got {choice.rank!r}"
+                    f"space {name!r} must have a whole number of channels; got {choice.channels!r}"
                 )
-        object.__setattr__(self, "choices", MappingProxyType(dict(self.choices)))
+            if rank is None or not 1 <= rank <= channels:
+                raise PlanError(
+                    f"space {name!r} has {channels} channels, so its rank must be an integer "
+                    f"within 1..{channels}; got {choice.rank!r}"
+                )
+            choices[name] = Choice(channels, rank)
+        object.__setattr__(self, "choices", MappingProxyType(choices))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self).from_dict, (self.to_dict(),)
@@ -173,6 +181,14 @@ class Plan:
         for name, choice in self.choices.items():
             share = choice.rank / choice.channels
             yield f"{name:{width}}  {choice.channels:8d}  {choice.rank:4d}  {share:5.0%}"
+
+
+def _integer(value: Any) -> int | None:
+    """Return an integer of any kind (NumPy's, say) as Python's, and None for what is none."""
+    try:
+        return None if isinstance(value, bool) else index(value)
+    except TypeError:
+        return None
 
 
 def _find(graph: SpaceGraph, name: str) -> ChannelSpace:

@@ -45,7 +45,7 @@ def materialize(student: M) -> M:
     stand_ins = {key: object() for key in hung}
     memo.update(stand_ins)
     with shared_bases(list(state.projections.values())):
-        for module in root.modules():
+        for module in reversed(list(root.modules())):  # children first: parents copy them along
             if _is_projected(module):
                 memo[id(module)] = _plain_layer(module, memo)
     small = copy.deepcopy(root, memo)

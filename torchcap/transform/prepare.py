@@ -98,7 +98,12 @@ def _register(
         owned = [homeless.pop(space.name) for _, space in found if space.name in homeless]
         parametrization = ProjectOutput(segments, owned=owned, axis=axis.axis)
     parametrize.register_parametrization(module, axis.parameter, parametrization, unsafe=True)
-    _set_width_(module, axis.parameter, axis.axis, sum(segment.kept for segment in segments))
+    carried = any(port in space.carriers for port, space in found)
+    width = sum(segment.kept for segment in segments)
+    if carried and isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        _set_depthwise_width_(module, width)
+    else:
+        _set_width_(module, axis.parameter, axis.axis, width)
 
 
 def _stored(module: nn.Module, name: str) -> Tensor:
@@ -140,9 +145,6 @@ def _set_width_(module: nn.Module, parameter: str, axis: int, width: int) -> Non
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and parameter == "weight":
         if axis == 1:
             module.in_channels = width
-        elif module.groups == module.in_channels > 1:  # depthwise: the input shrinks along
-            module.in_channels = module.groups = width * module.in_channels // module.out_channels
-            module.out_channels = width
         else:
             module.out_channels = width
     elif isinstance(module, nn.Linear) and parameter == "weight":
@@ -158,6 +160,12 @@ def _set_width_(module: nn.Module, parameter: str, axis: int, width: int) -> Non
         module.normalized_shape = (width,)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = width
+
+
+def _set_depthwise_width_(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, width: int) -> None:
+    """Set the sizes of a depthwise convolution: input and groups shrink with the output."""
+    module.in_channels = module.groups = width * module.in_channels // module.out_channels
+    module.out_channels = width
 
 
 def _feature_attributes(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module, str]]:
