@@ -21,7 +21,7 @@ from torchvision.models import resnet50
 from tqdm import tqdm
 
 import torchcap
-from measure import count_macs, count_parameters, latencies, outputs
+from measure import count_macs, count_parameters, keep_freed_memory, latencies, outputs
 from table import format_table
 
 sys.path.append(str(Path(__file__).parents[1]))  # the examples are scripts, not a package
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     options = parse_options()
+    keep_freed_memory()
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     print(f"{options.threads} threads, torch {torch.__version__}; median of {options.repeats}")

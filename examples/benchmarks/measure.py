@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
 import warnings
@@ -19,6 +20,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
 COUNTED = ("conv", "linear", "addmm", "matmul", "bmm")
+
+
+def keep_freed_memory() -> bool:
+    """Ask glibc to keep freed memory for the next allocation, as GPU allocators do.
+
+    By default every large tensor is a fresh mapping, and its page faults are timed with it: on
+    virtual machines they can take longer than the arithmetic. Returns whether glibc agreed.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    no_mapping, no_trimming = (-4, 0), (-1, 2**31 - 1)
+    return mallopt is not None and all(mallopt(*option) for option in (no_mapping, no_trimming))
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, *, batch: int = 500) -> float:

@@ -20,7 +20,7 @@ from torchvision.models import resnet50
 from tqdm import tqdm
 
 import torchcap
-from measure import count_parameters, interleaved
+from measure import count_parameters, interleaved, keep_freed_memory
 from table import format_table
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     options = parse_options()
+    kept = not options.page_faults and keep_freed_memory()
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     images = torch.randn(options.batch, 3, options.size, options.size)
@@ -53,7 +54,7 @@ def main() -> None:
         f"ResNet-50, ratio {options.ratio}, batch {options.batch} of {options.size} px, "
         f"{options.threads} threads, torch {torch.__version__}; parameters: "
         f"teacher {count_parameters(teacher):,}, small {count_parameters(small):,}, "
-        f"projections {trained:,}"
+        f"projections {trained:,}; freed memory is {'kept' if kept else 'returned'}"
     )
     print(format_table(("median of interleaved repeats (quartiles)", "time"), rows))
     print(f"prepared step / by hand: {timings['prepared step'].median / by_hand:.3f}")
@@ -103,6 +104,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--ratio", type=float, default=0.5, help="share of channels kept")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--page-faults", action="store_true", help="leave the system's allocator as it is"
+    )
     return parser.parse_args()
 
 
