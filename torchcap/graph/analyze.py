@@ -101,8 +101,12 @@ class _Reading:
         self.readings = readings
         self.rules = rules
         self.table = ChannelTable()
-        self.entangled = self._entangled()
-        self.folds = find_folds([reading.module for reading in readings], self.entangled.keys())
+        self.shared = self._shared_modules()
+        self.read_outside = self._modules_read_outside()
+        self.direct: set[tuple[str, str, int]] = set()
+        self.folds = find_folds(
+            [reading.module for reading in readings], {*self.shared, *self.read_outside}
+        )
         self.folded = {fold.norm for fold in self.folds if fold.norm is not None}
         self.notes: Counter[str] = Counter()
         self.values: dict[fx.Node, Value] = {}
@@ -200,14 +204,15 @@ class _Reading:
         held = {**owner._parameters, **owner._buffers}
         if len(wide) != 1 or held.get(name) is None:
             return opaque(node.meta.get("val"))
+        self.direct.add((path, name, wide[0]))
         ids = self.table.axis(path, [(name, wide[0])], "carrier", shape[wide[0]])
         return Channels(shape, wide[0], ids)
 
     # ----------------------------------------------------------------------------------------------
     # What no operator shows
 
-    def _entangled(self) -> dict[str, str]:
-        """Return the modules whose tensors have another owner, name or reader, with the reason."""
+    def _shared_modules(self) -> dict[str, str]:
+        """Return the modules that have two names, or a tensor with two owners, with the reason."""
         owners: dict[int, list[tuple[str, str]]] = {}
         names: dict[int, list[str]] = {}
         for path, module in self.model.named_modules(remove_duplicate=False):
@@ -216,10 +221,6 @@ class _Reading:
                 if tensor is not None and len(names[id(module)]) == 1:
                     owners.setdefault(id(tensor), []).append((path, name))
         reasons: dict[str, str] = {}
-        for reading in self.readings:
-            for node in reading.module.graph.find_nodes(op="get_attr"):
-                path = str(node.target).rpartition(".")[0]
-                reasons[path] = f"{node.target} is read outside of its layer"
         for places in owners.values():
             for path, name in places if len(places) > 1 else ():
                 reasons[path] = f"{path}.{name} is shared with another layer"
@@ -228,18 +229,24 @@ class _Reading:
                 reasons[path] = f"{path!r} is registered under two names"
         return reasons
 
-    def _fix_entangled(self) -> None:
-        """Fix what would change in two places: a direct carrier is read where it is owned."""
-        direct = {
-            str(node.target)
+    def _modules_read_outside(self) -> dict[str, str]:
+        """Return the modules that own a tensor which the forward reads directly."""
+        return {
+            str(node.target).rpartition(".")[0]: f"{node.target} is read outside of its layer"
             for reading in self.readings
             for node in reading.module.graph.find_nodes(op="get_attr")
         }
-        for axis in self.table.axes.values():
-            reason = self.entangled.get(axis.module)
-            own = axis.role == "carrier" and len(axis.tensors) == 1
-            name = f"{axis.module}.{axis.tensors[0][0]}" if axis.module else axis.tensors[0][0]
-            if reason is not None and not (own and name in direct and "outside" in reason):
+
+    def _fix_entangled(self) -> None:
+        """Fix the layers that have another owner, name or reader, or a call without a rule."""
+        for key, axis in self.table.axes.items():
+            reason = self.shared.get(axis.module)
+            if key not in self.direct:  # what is only read directly has no layer to disagree with
+                reason = reason or self.read_outside.get(axis.module)
+            for path, why in self.table.abandoned.items():
+                if axis.module == path or axis.module.startswith(f"{path}."):
+                    reason = reason or why
+            if reason is not None:
                 self.table.fix(axis.ids, reason)
 
     def _fix_auxiliary_layers(self) -> None:

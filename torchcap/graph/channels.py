@@ -78,9 +78,16 @@ class Resolved:
 
 @dataclass(slots=True)
 class ChannelTable:
-    """Collects axes, joins and restrictions while a graph is read."""
+    """Collects axes, joins and restrictions while a graph is read.
+
+    Attributes:
+        axes: the axes of all layers, by (module, tensor, axis).
+        abandoned: the modules that a rule gave up on in one of their calls, with the reason; what
+            another call says of them does not hold.
+    """
 
     axes: dict[tuple[str, str, int], Axis] = field(default_factory=dict)
+    abandoned: dict[str, str] = field(default_factory=dict)
     _size: int = 0
     _joins: list[tuple[Ids, Ids]] = field(default_factory=list)
     _fixed: list[tuple[Ids, str]] = field(default_factory=list)

@@ -136,7 +136,9 @@ class Call:
         return Channels(self.shape, x.dim if dim is None else dim, x.ids)
 
     def give_up(self, reason: str) -> Value:
-        """Fix every channel that enters this operator, and return an opaque result."""
+        """Fix every channel that enters this operator or its module; return an opaque result."""
+        if self.module is not None:
+            self.table.abandoned.setdefault(self.path, reason)
         for value in flat((self.args, self.kwargs)):
             if isinstance(value, Channels | Extent):
                 self.table.fix(value.ids, reason)
