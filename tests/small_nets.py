@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -271,3 +272,17 @@ def _held_by(item: Any) -> list[Any]:
         except ValueError:  # an empty cell
             continue
     return held
+
+
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "residual": Residual,
+    "module ends": lambda: Residual(ModuleEndBlock),
+    "shared activation": lambda: Residual(SharedActivationBlock),
+    "pre-activation": lambda: Residual(PreActivationBlock),
+    "inline": Inline,
+    "plain": Plain,
+    "dense": Dense,
+    "separable": Separable,
+}
+EVERY_NET = pytest.mark.parametrize("net", NETS)

@@ -18,15 +18,10 @@ import torch.nn.functional as F
 from proofs import relative_difference
 from small_nets import (
     CLASSES,
+    EVERY_NET,
+    EXACT,
+    NETS,
     Block,
-    Dense,
-    Inline,
-    ModuleEndBlock,
-    Plain,
-    PreActivationBlock,
-    Residual,
-    Separable,
-    SharedActivationBlock,
     built,
     fingerprint,
     images,
@@ -40,19 +35,6 @@ from torch.nn.utils import parametrize
 
 import torchcap
 from torchcap import RandomOrthonormal
-
-EXACT = {"rtol": 1e-12, "atol": 1e-12}
-NETS: dict[str, Callable[[], nn.Module]] = {
-    "residual": Residual,
-    "module ends": lambda: Residual(ModuleEndBlock),
-    "shared activation": lambda: Residual(SharedActivationBlock),
-    "pre-activation": lambda: Residual(PreActivationBlock),
-    "inline": Inline,
-    "plain": Plain,
-    "dense": Dense,
-    "separable": Separable,
-}
-EVERY_NET = pytest.mark.parametrize("net", NETS)
 
 
 def made(net: str = "residual") -> nn.Module:

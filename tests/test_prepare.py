@@ -13,15 +13,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from small_nets import (
+    EVERY_NET,
+    EXACT,
+    NETS,
     Block,
-    Dense,
-    Inline,
-    ModuleEndBlock,
     Plain,
-    PreActivationBlock,
     Residual,
-    Separable,
-    SharedActivationBlock,
     built,
     fingerprint,
     images,
@@ -46,18 +43,6 @@ from torchcap import (
     TorchcapError,
 )
 
-EXACT = {"rtol": 1e-12, "atol": 1e-12}
-NETS: dict[str, Callable[[], nn.Module]] = {
-    "residual": Residual,
-    "module ends": lambda: Residual(ModuleEndBlock),
-    "shared activation": lambda: Residual(SharedActivationBlock),
-    "pre-activation": lambda: Residual(PreActivationBlock),
-    "inline": Inline,
-    "plain": Plain,
-    "dense": Dense,
-    "separable": Separable,
-}
-EVERY_NET = pytest.mark.parametrize("net", NETS)
 UNFOLDED = pytest.mark.parametrize("net", ["pre-activation", "dense"])
 
 

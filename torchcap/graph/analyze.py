@@ -361,7 +361,6 @@ def _taps(
                 sight.module,
                 sight.call,
                 sight.side,
-                sight.mutated,
                 sight.value.dim,
                 tuple(
                     Stretch(

@@ -109,7 +109,6 @@ class Tap:
         module: qualified name of the module call that shows the value.
         call: which call of that module in a forward, from 0.
         side: ``"output"``, or ``"input"`` where the value is the module's first argument.
-        mutated: whether an operator behind it writes into the value.
         dim: the dimension of the channels.
         layout: what stands along that dimension.
     """
@@ -118,7 +117,6 @@ class Tap:
     module: str
     call: int
     side: Literal["output", "input"]
-    mutated: bool
     dim: int
     layout: tuple[Stretch, ...]
 

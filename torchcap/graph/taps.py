@@ -8,7 +8,6 @@ as the input of one.
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -36,7 +35,6 @@ class Sight:
     module: str
     call: int
     side: Literal["output", "input"]
-    mutated: bool
     value: Channels
 
 
@@ -119,7 +117,7 @@ class _Search:
         if value is None:
             return None
         for place in self._places(node):
-            return Sight(node.name, reader, *place, self._mutated(node), value)
+            return Sight(node.name, reader, *place, value)
         if steps and len(node.users) == 1:
             return self._sight(next(iter(node.users)), reader, steps - 1)
         return None
@@ -156,16 +154,3 @@ class _Search:
                 indices[node] = seen[str(node.target)]
                 seen[str(node.target)] += 1
         return indices
-
-    def _mutated(self, node: fx.Node) -> bool:
-        """Whether an operator behind the value writes into it."""
-        return any(self._writes(user) for user in node.users)
-
-    def _writes(self, user: fx.Node) -> bool:
-        if user.op == "call_module":
-            module = self._module(user)
-            return any(getattr(m, "inplace", False) for m in (module, getattr(module, "act", None)))
-        if user.op == "call_method":
-            return str(user.target).endswith("_")
-        inplace = {operator.iadd, operator.imul, operator.isub, operator.itruediv}
-        return user.target in inplace or bool(user.kwargs.get("inplace"))

@@ -47,7 +47,7 @@ class TeacherPass(Attachment):
         self._energies: dict[int, Tensor] = {}
         self._terms: list[Tensor] = []
         self._versions: dict[int, int] = {}
-        self._copied = {index for index, tap in enumerate(self.taps) if tap.mutated}
+        self._copied: set[int] = set()
         self._probes: list[_Probe] = []
         for index, tap in enumerate(self.taps):
             probe = _Probe(self._keep_feature, index, tap)
