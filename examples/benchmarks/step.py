@@ -10,6 +10,7 @@ plain small network, all of whose parameters train. Both run in turns in this on
 from __future__ import annotations
 
 import argparse
+import time
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -35,8 +36,10 @@ def main() -> None:
     images = torch.randn(options.batch, 3, options.size, options.size)
     labels = torch.randint(1000, (options.batch,))
     teacher = resnet50().eval()
+    start = time.perf_counter()
     student = torchcap.prepare(teacher, ratio=options.ratio, example_inputs=images[:1])
     small = torchcap.materialize(student)
+    print(f"prepare and materialize: {time.perf_counter() - start:.2f} s")
 
     calls = {
         "teacher forward": teacher_forward(teacher, images),
