@@ -15,13 +15,17 @@ from torchcap.errors import ExampleInputsError as ExampleInputsError
 from torchcap.errors import ModelError as ModelError
 from torchcap.errors import NothingToCompressError as NothingToCompressError
 from torchcap.errors import PlanError as PlanError
+from torchcap.errors import RecipeError as RecipeError
+from torchcap.errors import StateError as StateError
 from torchcap.errors import StudentError as StudentError
 from torchcap.errors import TorchcapError as TorchcapError
 from torchcap.errors import TraceError as TraceError
+from torchcap.errors import TrainingError as TrainingError
 from torchcap.graph.analyze import analyze as analyze
 from torchcap.graph.spaces import ChannelSpace as ChannelSpace
 from torchcap.graph.spaces import Port as Port
 from torchcap.graph.spaces import SpaceGraph as SpaceGraph
+from torchcap.pipeline import compress as compress
 from torchcap.pipeline import prepare as prepare
 from torchcap.plan.cost import Cost as Cost
 from torchcap.plan.cost import cost as cost
@@ -34,37 +38,79 @@ from torchcap.projection.initialize import RandomOrthonormal as RandomOrthonorma
 from torchcap.training.losses import distillation_loss as distillation_loss
 from torchcap.training.losses import mixture_loss as mixture_loss
 from torchcap.training.losses import reconstruction_loss as reconstruction_loss
+from torchcap.training.progress import Progress as Progress
+from torchcap.training.projections import train_projections as train_projections
+from torchcap.training.recipe import SGD as SGD
+from torchcap.training.recipe import Adam as Adam
+from torchcap.training.recipe import ClosedForm as ClosedForm
+from torchcap.training.recipe import FlipAndShift as FlipAndShift
+from torchcap.training.recipe import Mix as Mix
+from torchcap.training.recipe import Projections as Projections
+from torchcap.training.recipe import Recipe as Recipe
+from torchcap.training.recipe import Relaxation as Relaxation
+from torchcap.training.relax import fine_tune as fine_tune
+from torchcap.training.relax import relax as relax
+from torchcap.training.rounds import Round as Round
+from torchcap.training.rounds import all_at_once as all_at_once
+from torchcap.training.rounds import layer_by_layer as layer_by_layer
+from torchcap.training.rounds import odd_then_even as odd_then_even
+from torchcap.training.solve import Solution as Solution
+from torchcap.training.solve import Solved as Solved
+from torchcap.training.solve import solve as solve
 from torchcap.transform.materialize import materialize as materialize
 from torchcap.transform.student import projection_parameters as projection_parameters
 
 __all__ = [
+    "SGD",
+    "Adam",
     "ChannelSpace",
     "Choice",
+    "ClosedForm",
     "Cost",
     "DataError",
     "ExampleInputsError",
+    "FlipAndShift",
     "GreedySelection",
     "LargestNorm",
+    "Mix",
     "ModelError",
     "NothingToCompressError",
     "Plan",
     "PlanError",
     "Port",
     "PrincipalComponents",
+    "Progress",
+    "Projections",
     "RandomOrthonormal",
+    "Recipe",
+    "RecipeError",
+    "Relaxation",
+    "Round",
+    "Solution",
+    "Solved",
     "SpaceGraph",
+    "StateError",
     "StudentError",
     "TorchcapError",
     "TraceError",
+    "TrainingError",
     "__version__",
+    "all_at_once",
     "analyze",
+    "compress",
     "cost",
     "distillation_loss",
+    "fine_tune",
+    "layer_by_layer",
     "materialize",
     "mixture_loss",
+    "odd_then_even",
     "prepare",
     "projection_parameters",
     "reconstruction_loss",
+    "relax",
+    "solve",
+    "train_projections",
 ]
 
 __version__ = _version("torchcap")

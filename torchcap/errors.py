@@ -7,7 +7,10 @@ TorchcapError
 │   └── NothingToCompressError            no channel space is free
 ├── PlanError (ValueError)                ratio, rank or space that the model cannot take
 ├── DataError (ValueError)                calibration data that cannot be used
-└── StudentError (RuntimeError)           not a prepared model, or not in the state needed
+├── StudentError (RuntimeError)           not a prepared model, or not in the state needed
+├── RecipeError (ValueError)              a recipe whose values are out of range
+├── TrainingError (RuntimeError)          a loss that is not finite
+└── StateError (OSError)                  a saved state that cannot be written, read or continued
 """
 
 from __future__ import annotations
@@ -43,3 +46,15 @@ class DataError(TorchcapError, ValueError):
 
 class StudentError(TorchcapError, RuntimeError):
     """The model is not a prepared one, or not in the state that the call needs."""
+
+
+class RecipeError(TorchcapError, ValueError):
+    """A recipe whose values are out of range."""
+
+
+class TrainingError(TorchcapError, RuntimeError):
+    """Training cannot go on: its loss is not finite. The last good weights are kept."""
+
+
+class StateError(TorchcapError, OSError):
+    """A saved state that cannot be written or read, or belongs to another run."""

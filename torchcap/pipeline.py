@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import TypeVar
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from torchcap.errors import ModelError, NothingToCompressError, PlanError
-from torchcap.graph.analyze import analyze
+from torchcap import processes
+from torchcap.batches import Batches, Source, as_source
+from torchcap.errors import ModelError, NothingToCompressError, PlanError, RecipeError
+from torchcap.graph.analyze import Reader, analyze
 from torchcap.graph.rules import Target
+from torchcap.graph.spaces import SpaceGraph
 from torchcap.graph.trace import ExampleInputs
 from torchcap.graph.values import Rule
 from torchcap.plan.plan import Plan
 from torchcap.projection.initialize import GreedySelection, Initializer, LargestNorm
-from torchcap.training.taps import TeacherPass
+from torchcap.training.progress import OnProgress, Watch
+from torchcap.training.projections import train_round
+from torchcap.training.recipe import ClosedForm, Projections, Recipe
+from torchcap.training.relax import train_kernels
+from torchcap.training.rounds import Round
+from torchcap.training.solve import select, solve_layers
+from torchcap.training.state import StateFile
+from torchcap.training.taps import TeacherPass, expansion
 from torchcap.transform.fold import fold_
+from torchcap.transform.materialize import materialize
 from torchcap.transform.prepare import project_
-from torchcap.transform.start import Batches, bases_for
+from torchcap.transform.start import bases_for
 from torchcap.transform.student import Student, find_attachment
 
 M = TypeVar("M", bound=nn.Module)
@@ -74,6 +88,243 @@ def prepare(
     """
     _check_model(model)
     graph = analyze(model, example_inputs, leaves=leaves, rules=rules)
+    plan = _resolved(graph, ratio, plan)
+    if init is None:
+        init = LargestNorm() if data is None else GreedySelection()
+    student = copy.deepcopy(model)
+    fold_(student, graph.folds)
+    bases = bases_for(student, graph.after_folding(), plan, init, data)
+    state = project_(student, graph, plan, bases)
+    lifts = [expansion(tap, state) for tap in graph.taps]
+    TeacherPass(model, graph.taps, lifts).attach(student)
+    return student
+
+
+def compress(  # noqa: PLR0913 - the one call has an argument for each thing that may be said
+    model: M,
+    data: Batches | None = None,
+    *,
+    ratio: float | Mapping[str, float] = 0.5,
+    plan: Plan | None = None,
+    recipe: Recipe | None = None,
+    example_inputs: ExampleInputs | None = None,
+    seed: int = 0,
+    state: Path | str | None = None,
+    save_every: int = 200,
+    on_progress: OnProgress | None = None,
+    leaves: Sequence[type[nn.Module]] = (),
+    rules: Mapping[Target, Rule] | None = None,
+) -> M:
+    """Return a smaller copy of a trained model, as accurate as its recipe can make it.
+
+    The steps are those of the recipe: channels are chosen, projections trained, layers solved in
+    closed form, kernels relaxed and fine-tuned, always towards the features and logits of
+    ``model``, which is not changed and need not be in evaluation mode. Labels are needed only
+    where the recipe gives them a weight.
+
+    Under ``torch.distributed`` every process gives its own part of the data, and all return the
+    same model.
+
+    Args:
+        model: a trained model.
+        data: batches of images; of ``(images, labels)``; or of forward's arguments by name, with
+            the labels under ``labels``. It is passed over many times: a list, a ``DataLoader``, or
+            anything whose ``__iter__`` starts again. Without data, channels are kept by the size
+            of their weights, and nothing is learnt.
+        ratio: share of channels *kept* in each free space, ``0 < ratio <= 1``; or a mapping of
+            space name to share.
+        plan: ranks by space, instead of ``ratio``.
+        recipe: what to do; by default :meth:`Recipe.minutes`.
+        example_inputs: for reading the model; by default the first batch.
+        seed: of everything that is drawn. The same seed gives the same model.
+        state: file that keeps the state of the run. If it is there, the run goes on from it, and
+            ends where it would have ended without the interruption. It is removed at the end.
+        save_every: number of training steps after which the state is saved; it is also saved
+            behind every step of the recipe.
+        on_progress: called after every layer solved, and every training step.
+        leaves: module classes that are read as one operator, as in :func:`torchcap.analyze`.
+        rules: operator rules that are asked first, as in :func:`torchcap.analyze`.
+
+    Returns:
+        a new model of the class of ``model``, in its mode, with plain layers.
+
+    Raises:
+        ModelError, NothingToCompressError, TraceError, ExampleInputsError: as for
+            :func:`prepare`.
+        PlanError: for a ratio, rank or space that the model cannot take.
+        DataError: if the data cannot be used: empty, not finite, of a wrong shape or dtype, can be
+            passed over only once, labels missing or out of range.
+        RecipeError: if a recipe needs data, and there is none.
+        TrainingError: if a loss is not finite.
+        StateError: if the state cannot be written or read, or belongs to another run.
+
+    References:
+        Minnehan & Savakis, "Cascaded Projection", CVPR 2019, sec. 3.
+    """
+    _check_model(model)
+    if recipe is None:
+        recipe = Recipe(start=LargestNorm(), name="weights") if data is None else Recipe.minutes()
+    source = None
+    if data is not None:
+        source = as_source(data, model, seed)
+        example_inputs = source.first().inputs if example_inputs is None else example_inputs
+    elif recipe.needs_data:
+        raise RecipeError(
+            f"recipe {recipe.name!r} learns from images; give data=, or start from the weights "
+            "alone: recipe=Recipe(start=LargestNorm())"
+        )
+    graph = analyze(model, example_inputs, leaves=leaves, rules=rules)
+    plan = _resolved(graph, ratio, plan)
+    identity = {
+        "plan": plan.to_dict(),
+        "recipe": str(recipe),
+        "seed": seed,
+        "model": _fingerprint(model),
+        "processes": processes.count(),
+    }
+    file = StateFile(state, identity, save_every)
+    run = _Run(model, graph, plan, recipe, source, file, Reader(leaves, rules), on_progress)
+    small = run.result()
+    file.remove()
+    return small
+
+
+class _Run(Generic[M]):
+    """The steps of one ``compress()``. Each is a phase, whose result the state file keeps."""
+
+    def __init__(
+        self,
+        model: M,
+        graph: SpaceGraph,
+        plan: Plan,
+        recipe: Recipe,
+        source: Source | None,
+        file: StateFile,
+        reader: Reader,
+        on_progress: OnProgress | None,
+    ) -> None:
+        self.model, self.graph, self.plan, self.recipe = model, graph, plan, recipe
+        self.source, self.file, self.reader, self.on_progress = source, file, reader, on_progress
+        self.phase = 0
+        self.bases: dict[str, Tensor] = {}
+        self.solved: dict[str, Tensor] | None = None
+
+    def result(self) -> M:
+        """Take the steps of the recipe; those that the state file has done are not done again."""
+        self.file.load()
+        self._start()
+        if self.recipe.projections is not None:
+            for turn in self.recipe.projections.rounds(self.graph, self.plan):
+                self._train(turn, self.recipe.projections)
+        small = self._materialized()
+        closed, start = self.recipe.solve, self.recipe.start
+        if closed is not None and (self.solved is None or closed != start):
+            self._improve(small, "closed form", partial(solve_layers, schedule=closed))
+        for name, schedule in (
+            ("relaxation", self.recipe.relaxation),
+            ("fine-tuning", self.recipe.fine_tuning),
+        ):
+            if schedule is not None:
+                self._improve(small, name, partial(train_kernels, schedule=schedule))
+        for ours, theirs in zip(small.modules(), self.model.modules(), strict=False):
+            ours.training = theirs.training
+        return small
+
+    def _watch(self, name: str) -> Watch:
+        return Watch(name, self.on_progress, self.file)
+
+    def _is_done(self) -> bool:
+        """Whether the phase that is to come has been done before an interruption."""
+        self.phase += 1
+        return self.phase <= self.file.phase
+
+    def _start(self) -> None:
+        """Choose the bases; where readers were solved on the way, keep their weights."""
+        if self._is_done():
+            self.bases, self.solved = self.file.parts["bases"], self.file.parts["solved"]
+            return
+        start = self.recipe.start
+        if isinstance(start, ClosedForm):
+            assert self.source is not None  # noqa: S101 - the recipe needs data
+            found = select(
+                self.model,
+                self.plan,
+                self.graph,
+                self.source,
+                start,
+                self.reader,
+                self._watch("selection"),
+            )
+            self.bases = dict(found.bases)
+            if self.recipe.projections is None:
+                self.solved = found.model.state_dict()
+        else:
+            folded = self._folded()
+            if self.source is None:
+                bases = bases_for(folded, self.graph.after_folding(), self.plan, start)
+            else:
+                with self.source.passing(0) as batches:
+                    bases = bases_for(folded, self.graph.after_folding(), self.plan, start, batches)
+            self.bases = bases
+        # Equal costs may round to another choice in another process.
+        self.bases = {name: processes.shared(basis) for name, basis in self.bases.items()}
+        self.file.finish_phase(bases=self.bases, solved=self.solved)
+
+    def _folded(self) -> M:
+        folded = copy.deepcopy(self.model)
+        fold_(folded, self.graph.folds)
+        return folded
+
+    def _student(self, plan: Plan) -> tuple[M, Student]:
+        """Prepare a student from the bases, for all spaces of a plan."""
+        student = self._folded()
+        if self.solved is not None:
+            student.load_state_dict(self.solved)
+        return student, project_(student, self.graph, plan, self.bases)
+
+    def _train(self, turn: Round, schedule: Projections) -> None:
+        if self._is_done():
+            self.bases = self.file.parts["bases"]
+            return
+        assert self.source is not None  # noqa: S101 - the recipe needs data
+        part = {name: self.plan.choices[name] for name in turn.present}
+        student, state = self._student(Plan(part, self.plan.model))
+        lifts = [expansion(tap, state) for tap in self.graph.taps]
+        TeacherPass(self.model, self.graph.taps, lifts).attach(student)
+        train_round(student, turn.train, self.source, schedule, self._watch("projections"))
+        with torch.no_grad():
+            trained = {name: state.projections[name]().detach().clone() for name in turn.train}
+        self.bases = {**self.bases, **trained}
+        self.file.finish_phase(bases=self.bases)
+
+    def _materialized(self) -> M:
+        student, _ = self._student(self.plan)
+        small = materialize(student)
+        if "small" in self.file.parts:
+            small.load_state_dict(self.file.parts["small"])
+        return small
+
+    def _improve(self, small: M, name: str, step: Callable[..., object]) -> None:
+        """Take one step that changes the small model in place."""
+        if self._is_done():
+            return
+        watch = self._watch(name)
+        step(small, self.model, self.source, reader=self.reader, watch=watch)
+        self.file.finish_phase(small=small.state_dict())
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Return a hash of all that a model's state holds."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _resolved(graph: SpaceGraph, ratio: float | Mapping[str, float], plan: Plan | None) -> Plan:
+    """Turn a ratio into a plan, and check what is given."""
     if not graph.free:
         Plan.uniform(graph, 1.0)  # raises with the reasons
     if plan is None:
@@ -84,14 +335,7 @@ def prepare(
             "Plan.uniform(analyze(model), 0.5), Plan.of(graph, ranks) or Plan.from_json(text)"
         )
     plan.check(graph)
-    if init is None:
-        init = LargestNorm() if data is None else GreedySelection()
-    student = copy.deepcopy(model)
-    fold_(student, graph.folds)
-    bases = bases_for(student, graph.after_folding(), plan, init, data)
-    state = project_(student, graph, plan, bases)
-    TeacherPass(model, graph.taps, state).attach(student)
-    return student
+    return plan
 
 
 def _check_model(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from torchcap.graph.spaces import (
     Tap,
 )
 from torchcap.graph.taps import Sight, find_sights
-from torchcap.graph.trace import ExampleInputs, Traced, trace
+from torchcap.graph.trace import ExampleInputs, LeafRule, Traced, trace
 from torchcap.graph.values import Call, Channels, Extent, Rule, Value, flat, opaque
 
 
@@ -81,14 +82,38 @@ def analyze(
             "scripted or frozen one; pass the module that it was made from"
         )
     table = {**RULES, **(rules or {})}
+    readings = trace(model, example_inputs, is_leaf=leaf_rule(leaves, rules))
+    return _Reading(model, readings, table).graph()
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """How models are read: the user's leaves and rules, handed on together."""
+
+    leaves: Sequence[type[nn.Module]] = ()
+    rules: Mapping[Target, Rule] | None = None
+
+    def __call__(self, model: nn.Module, example_inputs: ExampleInputs | None) -> SpaceGraph:
+        """Return the spaces of a model; see :func:`analyze`."""
+        return analyze(model, example_inputs, leaves=self.leaves, rules=self.rules)
+
+    def trace(self, model: nn.Module, example_inputs: ExampleInputs) -> Traced:
+        """Return the evaluation graph of a model."""
+        return trace(model, example_inputs, is_leaf=leaf_rule(self.leaves, self.rules))[0]
+
+
+def leaf_rule(
+    leaves: Sequence[type[nn.Module]] = (), rules: Mapping[Target, Rule] | None = None
+) -> LeafRule:
+    """Return which modules are read as one operator: the user's leaves, and what has a rule."""
+    table = {**RULES, **(rules or {})}
 
     def is_leaf(module: nn.Module) -> bool:
         if isinstance(module, tuple(leaves)) or parametrize.is_parametrized(module):
             return True
         return find_module_rule(module, table) is not None
 
-    readings = trace(model, example_inputs, is_leaf=is_leaf)
-    return _Reading(model, readings, table).graph()
+    return is_leaf
 
 
 class _Reading:

@@ -241,7 +241,7 @@ def _bind(model: nn.Module, inputs: Inputs) -> inspect.BoundArguments:
         ) from error
 
 
-def _placeholder_values(model: nn.Module, inputs: Inputs) -> list[Any]:
+def placeholder_values(model: nn.Module, inputs: Inputs) -> list[Any]:
     """Return a value for every placeholder: the graph has them in the order of the signature."""
     bound = _bind(model, inputs)
     bound.apply_defaults()
@@ -258,7 +258,7 @@ def _propagate_shapes(
     graph_module: fx.GraphModule, model: nn.Module, inputs: Inputs, mode: str
 ) -> None:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    values = _placeholder_values(model, inputs)
+    values = placeholder_values(model, inputs)
     try:
         # Shapes are those of evaluation: batch norm refuses one value a channel in training.
         _set_mode(graph_module, training=False)

@@ -9,6 +9,7 @@ not. So a start that keeps the best channels is far ahead of one that keeps the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -277,19 +278,37 @@ class GreedySelection:
         if share == 0:  # nothing to choose, and moments are costly to invert
             return torch.eye(space.block_channels, dtype=torch.float64).repeat(space.blocks, 1, 1)
         eliminations = _eliminations(space, self.ridge)
-        present = torch.ones(space.blocks, space.block_channels, dtype=torch.bool)
-        droppable = present.clone()
-        for _ in range(share * space.blocks):
-            costs = torch.stack([elimination.costs().cpu() for elimination in eliminations]).sum(0)
-            channel = int(costs.masked_fill(~droppable.flatten(), torch.inf).argmin())
-            for elimination in eliminations:
-                elimination.drop(channel)
-            block, offset = divmod(channel, space.block_channels)
-            present[block, offset] = droppable[block, offset] = False
-            if int(present[block].sum()) == space.block_rank:
-                droppable[block] = False
-        offsets = present.nonzero()[:, 1].reshape(space.blocks, space.block_rank)
+        block = torch.arange(space.blocks).repeat_interleave(space.block_channels)
+        stays = drop_cheapest(eliminations, block, [share] * space.blocks)
+        offsets = stays.reshape(space.blocks, -1).nonzero()[:, 1]
+        offsets = offsets.reshape(space.blocks, space.block_rank)
         return selection_matrix(offsets, space.block_channels).to(eliminations[0].weight.device)
+
+
+def drop_cheapest(
+    eliminations: Sequence[Elimination], owner: Tensor, drops: Sequence[int]
+) -> Tensor:
+    """Drop the cheapest channel again and again, until every owner has lost its share.
+
+    Args:
+        eliminations: readouts of the same channels; their costs add up.
+        owner: shape ``(channels,)``: which owner (a block, a space) each channel belongs to; those
+            of owner -1 stay.
+        drops: how many channels each owner loses.
+
+    Returns:
+        Shape ``(channels,)``, on the CPU: True for the channels that stay.
+    """
+    left = torch.tensor([*drops, 0])  # the last entry is that of owner -1
+    stays = torch.ones(len(owner), dtype=torch.bool)
+    for _ in range(sum(drops)):
+        costs = torch.stack([elimination.costs().cpu() for elimination in eliminations]).sum(0)
+        channel = int(costs.masked_fill(~stays | (left[owner] == 0), torch.inf).argmin())
+        for elimination in eliminations:
+            elimination.drop(channel)
+        stays[channel] = False
+        left[owner[channel]] -= 1
+    return stays
 
 
 # Note [backward elimination]

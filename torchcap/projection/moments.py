@@ -11,12 +11,12 @@ import math
 from typing import Final, TypeGuard
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from timm.layers.conv2d_same import Conv2dSame, Conv2dSameExport
 from timm.layers.std_conv import ScaledStdConv2dSame, StdConv2dSame
 from torch import Tensor, nn
 
+from torchcap import processes
 from torchcap.errors import DataError
 
 _ELEMENTS_AT_ONCE: Final = 2**22  # of rows converted to float64: 32 MiB
@@ -104,11 +104,9 @@ class SecondMoments:
         Afterwards every process holds the moments of everybody's rows, so that a second call would
         count them again. Without an initialised process group nothing happens.
         """
-        if not (dist.is_available() and dist.is_initialized()):
-            return
         count = self._total.new_tensor([self._count])
         for tensor in (count, self._total, self._products):
-            _all_reduce_(tensor)
+            processes.sum_(tensor)
         self._count = round(count.item())
 
     @property
@@ -139,6 +137,105 @@ class SecondMoments:
                 "Call update() first; is the data empty?"
             )
         return self._count
+
+
+class JointMoments:
+    """Second moments of rows together with what is to be predicted from them, group by group.
+
+    All that a linear regression of the targets on the rows needs to know about the data, in memory
+    that does not grow with it; in float64, like :class:`SecondMoments`.
+
+    Args:
+        groups: number of independent regressions.
+        inputs: length of a row.
+        outputs: number of targets of a group.
+        device: where the sums live; rows are moved there.
+    """
+
+    def __init__(
+        self, groups: int, inputs: int, outputs: int, *, device: torch.device | str | None = None
+    ) -> None:
+        self.groups, self.inputs, self.outputs = groups, inputs, outputs
+        self._count = 0
+        width = inputs + outputs
+        self._total = torch.zeros(groups, width, dtype=torch.float64, device=device)
+        # Holds the upper triangle of the rows' own products, and all products with the targets.
+        self._products = torch.zeros(groups, inputs, width, dtype=torch.float64, device=device)
+        self._squares = torch.zeros(groups, outputs, dtype=torch.float64, device=device)
+
+    @staticmethod
+    def size(groups: int, inputs: int, outputs: int) -> int:
+        """Return the bytes that the sums take."""
+        return 8 * groups * (inputs + 1) * (inputs + outputs)
+
+    @torch.no_grad()
+    def update(self, rows: Tensor, targets: Tensor) -> None:
+        """Add rows ``(groups, n, inputs)`` and their targets ``(groups, n, outputs)``.
+
+        Raises:
+            DataError: if they hold NaN or infinity; nothing is added then.
+        """
+        joint = torch.cat([rows, targets.to(rows)], -1)
+        step = max(1, _ELEMENTS_AT_ONCE // (self.groups * joint.shape[-1]))
+        chunks = [chunk.to(self._products) for chunk in torch.split(joint, step, dim=1)]
+        total = torch.stack([chunk.sum(1) for chunk in chunks]).sum(0)
+        if not bool(total.isfinite().all()):
+            raise DataError(_describe_non_finite(joint.flatten(0, 1)))
+        for chunk in chunks:
+            for start in range(0, self.inputs, _COLUMNS_AT_ONCE):
+                stop = min(start + _COLUMNS_AT_ONCE, self.inputs)
+                block = chunk[..., start:stop].mT
+                self._products[:, start:stop, start:].baddbmm_(block, chunk[..., start:])
+            self._squares += chunk[..., self.inputs :].square().sum(1)
+        self._total += total
+        self._count += joint.shape[1]
+
+    def merge(self, other: JointMoments) -> None:
+        """Add the rows that another accumulator of the same sizes has seen."""
+        self._count += other._count
+        for mine, theirs in zip(self._sums(), other._sums(), strict=True):
+            mine.add_(theirs.to(mine))
+
+    def reduce(self) -> None:
+        """Sum over all processes of ``torch.distributed``; see :meth:`SecondMoments.reduce`."""
+        count = self._total.new_tensor([self._count])
+        for tensor in (count, *self._sums()):
+            processes.sum_(tensor)
+        self._count = round(count.item())
+
+    def _sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self._total, self._products, self._squares
+
+    @property
+    def count(self) -> int:
+        """Number of rows seen, of each group."""
+        return self._count
+
+    @property
+    def input_mean(self) -> Tensor:
+        """``E[x]``, shape ``(groups, inputs)``."""
+        return self._total[:, : self.inputs] / self._count
+
+    @property
+    def output_mean(self) -> Tensor:
+        """``E[t]``, shape ``(groups, outputs)``."""
+        return self._total[:, self.inputs :] / self._count
+
+    @property
+    def input_moment(self) -> Tensor:
+        """``E[x xᵀ]``, shape ``(groups, inputs, inputs)``."""
+        upper = self._products[..., : self.inputs].triu()
+        return (upper + upper.triu(1).mT) / self._count
+
+    @property
+    def cross_moment(self) -> Tensor:
+        """``E[x tᵀ]``, shape ``(groups, inputs, outputs)``."""
+        return self._products[..., self.inputs :] / self._count
+
+    @property
+    def output_square(self) -> Tensor:
+        """``E[t²]``, shape ``(groups, outputs)``."""
+        return self._squares / self._count
 
 
 @torch.no_grad()
@@ -195,6 +292,32 @@ def input_patches(
         windows = windows[torch.unravel_index(drawn, positions)]
         count = max_rows
     return windows.reshape(count, groups, math.prod(fan_in) // groups).transpose(0, 1)
+
+
+@torch.no_grad()
+def output_rows(
+    layer: nn.Module,
+    y: Tensor,
+    *,
+    max_rows: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return the rows of a layer's output that belong to the rows of its :func:`input_patches`.
+
+    Args:
+        layer: the layer.
+        y: its output, or something of the same shape (in all but the channels).
+        max_rows: as for the patches.
+        generator: in the state that it had for the patches.
+
+    Returns:
+        Shape ``(rows, channels)``.
+    """
+    channels = -1 if isinstance(layer, nn.Linear) else 1
+    rows = y.movedim(channels, -1).reshape(-1, y.shape[channels])
+    if max_rows is not None and max_rows < len(rows):
+        rows = rows[_draw(len(rows), max_rows, generator).to(rows.device)]
+    return rows
 
 
 def _windows(layer: _Conv, x: Tensor) -> Tensor:
@@ -256,15 +379,6 @@ def _add_upper_products_(products: Tensor, rows: Tensor) -> None:
     for start in range(0, rows.shape[1], _COLUMNS_AT_ONCE):
         stop = start + _COLUMNS_AT_ONCE
         products[start:stop, start:].addmm_(rows[:, start:stop].mT, rows[:, start:])
-
-
-def _all_reduce_(tensor: Tensor) -> None:
-    if dist.get_backend() == "nccl" and not tensor.is_cuda:  # NCCL moves device memory only
-        moved = tensor.to(torch.device("cuda", torch.cuda.current_device()))
-        dist.all_reduce(moved)
-        tensor.copy_(moved)
-    else:
-        dist.all_reduce(tensor)
 
 
 def _describe_non_finite(rows: Tensor) -> str:

@@ -8,19 +8,23 @@ nothing of this runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from torchcap import processes
 from torchcap.errors import StudentError
 from torchcap.graph.spaces import Tap
 from torchcap.graph.trace import shadow
 from torchcap.projection.maps import Projection
 from torchcap.projection.parametrizations import Segment, lift_segments
 from torchcap.transform.student import Attachment, Student
+
+Lift = Callable[[Tensor], Tensor]
 
 
 class TeacherPass(Attachment):
@@ -29,46 +33,68 @@ class TeacherPass(Attachment):
     Args:
         teacher: the model that the student came from. It is not changed: a copy is run, whose
             tensors share the teacher's memory.
-        taps: where to compare.
-        student: the state of the student, whose projections lift its features.
+        taps: where to look in the student.
+        lifts: how the student's channels at each tap lift to the teacher's; None where they are
+            the teacher's.
+        twins: where to look in the teacher, if not at the same places.
 
     Attributes:
-        loss: of the last training-mode forward; None before it.
+        loss: of the last forward that was compared; None before it.
         output: what the teacher put out in it.
+        terms: the terms of the loss, by the name of their tap.
+        always: compare in evaluation mode too.
     """
 
-    def __init__(self, teacher: nn.Module, taps: Sequence[Tap], student: Student) -> None:
+    def __init__(
+        self,
+        teacher: nn.Module,
+        taps: Sequence[Tap],
+        lifts: Sequence[Lift | None] | None = None,
+        *,
+        twins: Sequence[Tap] | None = None,
+        always: bool = False,
+    ) -> None:
         self.taps = tuple(taps)
         self.teacher = shadow(teacher).eval()
-        self.segments = tuple(_segments(tap, student) for tap in taps)
+        self.lifts = tuple(lifts) if lifts is not None else (None,) * len(self.taps)
+        self.always = always
         self.loss: Tensor | None = None
         self.output: Any = None
+        self.terms: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
         self._features: dict[int, Tensor] = {}
         self._energies: dict[int, Tensor] = {}
-        self._terms: list[Tensor] = []
         self._versions: dict[int, int] = {}
         self._copied: set[int] = set()
         self._probes: list[_Probe] = []
-        for index, tap in enumerate(self.taps):
+        for index, tap in enumerate(self.taps if twins is None else twins):
             probe = _Probe(self._keep_feature, index, tap)
             probe.attach(self.teacher)
             self._probes.append(probe)
 
     def attach(self, model: nn.Module) -> None:
         """Hang the teacher and the taps on the root of a student."""
-        model.register_forward_pre_hook(self.before_forward, with_kwargs=True)
-        model.register_forward_hook(self.after_forward, always_call=True)
+        self._handles += [
+            model.register_forward_pre_hook(self.before_forward, with_kwargs=True),
+            model.register_forward_hook(self.after_forward, always_call=True),
+        ]
         for index, tap in enumerate(self.taps):
             probe = _Probe(self._compare, index, tap)
-            probe.attach(model)
+            self._handles.append(probe.attach(model))
             self._probes.append(probe)
+
+    def detach(self) -> None:
+        """Take the teacher and the taps off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def before_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         """Run the teacher, if the student is in training mode."""
         self._clear()
-        if not model.training:
+        if not (model.training or self.always):
             return
         self.loss = None
         self._follow(model)
@@ -82,15 +108,15 @@ class TeacherPass(Attachment):
 
     def after_forward(self, model: nn.Module, _: Any, output: Any) -> None:
         """Sum up the terms; after an error, or in evaluation mode, there are none."""
-        if model.training and output is not None and self._energies:
-            if not self._terms:
+        if (model.training or self.always) and output is not None and self._energies:
+            if not self.terms:
                 raise StudentError(
                     f"the forward of {type(model).__name__!r} reached none of its "
                     f"{len(self.taps)} taps, the first at {self.taps[0].module!r}; it takes "
                     "another path in training mode than in the evaluation mode that was read"
                 )
-            self.loss = torch.stack(self._terms).sum()
-        self._clear()
+            self.loss = torch.stack(list(self.terms.values())).sum()
+        self._release()
 
     def _run_teacher(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         for probe in self._probes:
@@ -107,7 +133,11 @@ class TeacherPass(Attachment):
         }
 
     def _clear(self) -> None:
-        self._features, self._energies, self._terms, self._versions = {}, {}, [], {}
+        self.terms = {}
+        self._release()
+
+    def _release(self) -> None:
+        self._features, self._energies, self._versions = {}, {}, {}
         for probe in self._probes:
             probe.stop()
 
@@ -131,21 +161,21 @@ class TeacherPass(Attachment):
         expected = self._features.pop(index, None)
         if expected is None:
             return
-        dim, segments = self.taps[index].dim, self.segments[index]
-        if segments is not None:
+        tap, lift = self.taps[index], self.lifts[index]
+        if lift is not None:
             if index in self._copied:
                 feature = feature.clone()
             # The student's channels are fewer here: compare in the teacher's coordinates.
             with torch.autocast(feature.device.type, enabled=False):
-                feature = lift_segments(feature.movedim(dim, 0).flatten(1), segments)
-            expected = expected.movedim(dim, 0).flatten(1)
+                feature = lift(feature.movedim(tap.dim, 0).flatten(1))
+            expected = expected.movedim(tap.dim, 0).flatten(1)
         error = _squared_norm(_at_least_float(feature) - _at_least_float(expected))
-        self._terms.append(error / self._energies[index])
+        self.terms[tap.name] = error / self._energies[index]
 
     def __getstate__(self) -> dict[str, Any]:
         # What a forward leaves behind does not survive a copy: non-leaf tensors cannot.
-        passing: dict[str, Any] = {"_features": {}, "_energies": {}, "_terms": [], "_versions": {}}
-        return {**self.__dict__, **passing, "loss": None, "output": None}
+        passing: dict[str, Any] = {"_features": {}, "_energies": {}, "terms": {}, "_versions": {}}
+        return {**self.__dict__, **passing, "loss": None, "output": None, "_handles": []}
 
 
 class _Probe(Attachment):
@@ -155,12 +185,11 @@ class _Probe(Attachment):
         self.look, self.index, self.tap = look, index, tap
         self.calls: int | None = None
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module) -> RemovableHandle:
         module = model.get_submodule(self.tap.module)
         if self.tap.side == "output":
-            module.register_forward_hook(self.see_output)
-        else:
-            module.register_forward_pre_hook(self.see_input)
+            return module.register_forward_hook(self.see_output)
+        return module.register_forward_pre_hook(self.see_input)
 
     def start(self) -> None:
         self.calls = 0
@@ -182,8 +211,19 @@ class _Probe(Attachment):
         self.calls += 1
 
 
-def _segments(tap: Tap, student: Student) -> tuple[Segment, ...] | None:
-    """Return how the student's channels at a tap lift to the teacher's; None where none are cut."""
+@dataclass(frozen=True, slots=True)
+class Expansion:
+    """Lifts the channels of a student by its projections, ``P Î``."""
+
+    segments: tuple[Segment, ...]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Lift ``(kept, columns)`` to ``(channels, columns)``."""
+        return lift_segments(rows, self.segments)
+
+
+def expansion(tap: Tap, student: Student) -> Expansion | None:
+    """Return how a student's channels at a tap lift to the teacher's; None where none are cut."""
     segments = []
     for stretch in tap.layout:
         length = stretch.channels * stretch.repeat
@@ -195,7 +235,7 @@ def _segments(tap: Tap, student: Student) -> tuple[Segment, ...] | None:
         first, blocks = stretch.start // width, stretch.channels // width
         segments.append(Segment(length, projection, first, blocks, stretch.repeat))
     cut = any(segment.projection is not None for segment in segments)
-    return tuple(segments) if cut else None
+    return Expansion(tuple(segments)) if cut else None
 
 
 def _reduced(energies: dict[int, Tensor]) -> dict[int, Tensor]:
@@ -207,10 +247,7 @@ def _reduced(energies: dict[int, Tensor]) -> dict[int, Tensor]:
     if not energies:
         return {}
     total = torch.stack(list(energies.values()))
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(total)
-        total = total / dist.get_world_size()
-    total = total.clamp_min(torch.finfo(torch.float32).tiny)
+    total = processes.mean_(total).clamp_min(torch.finfo(torch.float32).tiny)
     return dict(zip(energies, total.unbind(), strict=True))
 
 

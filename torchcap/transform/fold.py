@@ -7,6 +7,7 @@ and a projection may mix them. Statistics are those of evaluation mode.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,14 +34,18 @@ def fold_(model: nn.Module, folds: Sequence[Fold]) -> None:
             _replace(model, fold.layer, layer)
         if fold.norm is not None:
             norm = model.get_submodule(fold.norm)
-            _absorb(layer, norm)
+            weight, bias = absorb(layer, norm)
+            old: Any = layer.weight
+            own: Any = layer.bias if isinstance(layer.bias, nn.Parameter) else old
+            layer.weight, layer.bias = _like(old, weight), _like(own, bias)
             rest = _remainder(norm)
             for name in HOOKS:
                 getattr(rest, name).update(getattr(norm, name))
             _replace(model, fold.norm, rest)
 
 
-def _absorb(layer: nn.Module, norm: nn.Module) -> None:
+def absorb(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return the weight and bias, in float64, of a layer that also does what its norm does."""
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, nn.Parameter)  # noqa: S101 - the reading has checked it
     variance = _tensor(norm, "running_var", 1.0, weight)
@@ -50,8 +55,7 @@ def _absorb(layer: nn.Module, norm: nn.Module) -> None:
     if isinstance(bias, Tensor):
         shift = shift + bias.double() * scale
     wide = scale.reshape(-1, *(1 for _ in weight.shape[1:]))
-    layer.weight = _like(weight, weight.double() * wide)
-    layer.bias = _like(bias if isinstance(bias, nn.Parameter) else weight, shift)
+    return weight.double() * wide, shift
 
 
 def _tensor(norm: nn.Module, name: str, default: float, like: Tensor) -> Tensor:

@@ -52,8 +52,7 @@ def materialize(student: M) -> M:
     for module in small.modules():
         _strip(module, set(map(id, stand_ins.values())))
     _restore_flags_(small, state)
-    if isinstance(small, fx.GraphModule):
-        _erase_identities_(small, [f.norm for f in state.folds if f.norm is not None])
+    erase_identities_(small, [f.norm for f in state.folds if f.norm is not None])
     return small  # type: ignore[return-value]
 
 
@@ -124,8 +123,13 @@ def _restore_flags_(small: nn.Module, state: Student) -> None:
         parameter.requires_grad_(state.trainable.get(name, True))
 
 
-def _erase_identities_(graph_module: fx.GraphModule, paths: Iterable[str]) -> None:
-    """Erase the nodes of folded norms that left nothing behind, and the modules with them."""
+def erase_identities_(graph_module: nn.Module, paths: Iterable[str]) -> None:
+    """Erase the nodes of folded norms that left nothing behind, and the modules with them.
+
+    A model that is no ``GraphModule`` keeps its identities: its forward calls them.
+    """
+    if not isinstance(graph_module, fx.GraphModule):
+        return
     gone = {path for path in paths if isinstance(graph_module.get_submodule(path), nn.Identity)}
     for node in graph_module.graph.find_nodes(op="call_module"):
         if node.target in gone:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torchcap.batches import Batches, as_batch, check_iterable
 from torchcap.errors import DataError, PlanError, TorchcapError
 from torchcap.graph.spaces import ChannelSpace, Port, SpaceGraph
 from torchcap.plan.plan import Plan
@@ -22,7 +23,6 @@ FULL_MOMENT_FEATURES = 2304
 ROWS_PER_BATCH = 8192
 """Output positions of a layer whose patches are looked at in one batch."""
 
-Batches = Iterable[Any]
 _Key = tuple[str, Port]
 
 
@@ -196,11 +196,7 @@ def _own_moment(space: ChannelSpace, readings: list[_Reading]) -> Tensor | None:
 @torch.no_grad()
 def _collect(model: nn.Module, spaces: list[ChannelSpace], data: Batches) -> dict[_Key, _Reading]:
     """Run the data through the model and sum up the moments of every consumer's input."""
-    if isinstance(data, Tensor | str | bytes) or not isinstance(data, Iterable):
-        raise DataError(
-            f"data must be an iterable of batches, got {type(data).__name__}; wrap one batch into "
-            "a list: data=[images]"
-        )
+    check_iterable(data)
     readings: dict[_Key, _Reading] = {}
     by_module: dict[str, list[_Reading]] = {}
     for space in spaces:
@@ -211,8 +207,7 @@ def _collect(model: nn.Module, spaces: list[ChannelSpace], data: Batches) -> dic
     seen = 0
     with _watched(model, by_module):
         for batch in data:
-            args, kwargs = model_inputs(batch)
-            _run_batch(model, args, kwargs, seen)
+            as_batch(batch, seen).run(model)
             seen += 1
     if not seen:
         raise DataError("the data is empty: expected at least one batch of images")
@@ -255,42 +250,3 @@ class _Watch:
         patches = input_patches(layer, args[0], max_rows=ROWS_PER_BATCH)
         for reading in self.readings:
             reading.update(patches)
-
-
-def model_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments for a forward: a tensor, the first of a tuple, or a mapping by name.
-
-    Raises:
-        DataError: if the batch is none of these.
-    """
-    if isinstance(batch, Tensor):
-        return (batch,), {}
-    if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
-        return (batch[0],), {}
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    raise DataError(
-        f"a batch must be a tensor of images, a tuple that starts with one, or a mapping of "
-        f"forward's arguments; got {type(batch).__name__}"
-    )
-
-
-def _run_batch(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], number: int
-) -> None:
-    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-    for tensor in tensors:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise DataError(f"batch {number} of the data holds NaN or infinite values")
-    try:
-        model(*args, **kwargs)
-    except TorchcapError:
-        raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors)
-        lines = str(error).strip().splitlines()
-        raise DataError(
-            f"batch {number} of the data, {shapes}, does not run through "
-            f"{type(model).__name__!r}: {lines[0] if lines else type(error).__name__}; give "
-            "batches that its forward accepts"
-        ) from error

@@ -1,0 +1,313 @@
+"""Replay: two graphs of one structure, run node by node on the same batches.
+
+The closed forms need a layer's input as the small network computes it, and its output as the
+teacher does, one layer after the other. A whole forward for each layer would take time that grows
+with the square of the depth. Here every batch waits at the last node that was asked for, with the
+values that later nodes read; batches whose values don't fit into the memory that was granted run
+again from their beginning.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from torchcap.batches import Batch, Source
+from torchcap.errors import TraceError
+from torchcap.graph.analyze import Reader
+from torchcap.graph.operators import unchanged
+from torchcap.graph.rules import RULES, Target, find_rule
+from torchcap.graph.trace import Inputs, Traced, placeholder_values
+from torchcap.graph.values import Rule
+
+Values = dict[fx.Node, Any]
+_SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+
+
+@dataclass(slots=True)
+class _Walker:
+    """One graph, and the order in which its nodes have run so far."""
+
+    model: nn.Module
+    module: fx.GraphModule
+    order: list[int] = field(default_factory=list)
+    interpreter: fx.Interpreter = field(init=False)
+    nodes: list[fx.Node] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.nodes = list(self.module.graph.nodes)
+        self.interpreter = fx.Interpreter(self.module, garbage_collect_values=False)
+
+    def run(self, values: Values, start: int, batch: Batch) -> None:
+        """Run the nodes of the order from one of its places on."""
+        if start == 0:
+            given = placeholder_values(self.model, Inputs(batch.args, batch.kwargs))
+            self.interpreter.args_iter = iter(self.module.graph.process_inputs(*given))
+        self.interpreter.env = values
+        for index in self.order[start:]:
+            node = self.nodes[index]
+            values[node] = self.interpreter.run_node(node)
+        done = {self.nodes[index] for index in self.order}
+        for node in [n for n in values if n.users and all(user in done for user in n.users)]:
+            del values[node]
+
+
+@dataclass(slots=True)
+class _Lane:
+    """One batch on its way: what it has computed, and how far it came in each graph."""
+
+    batch: Batch
+    teacher: Values = field(default_factory=dict)
+    student: Values = field(default_factory=dict)
+    places: tuple[int, int] = (0, 0)
+
+    def bytes(self) -> int:
+        """Memory of the tensors that the lane holds, its batch among them."""
+        held: dict[int, int] = {}
+        for tensor in _tensors([self.batch.args, self.batch.kwargs, self.teacher, self.student]):
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+        return sum(held.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Station:
+    """A layer call at which the replay stops.
+
+    Attributes:
+        name: qualified name of the layer.
+        index: of its node in the graphs.
+        end: index of the node whose value in the teacher is the target: the call itself, or the
+            sum that it is a term of.
+        other: index of the other term of that sum; None where the target is the call's own value.
+    """
+
+    name: str
+    index: int
+    end: int
+    other: int | None = None
+
+
+class Replay:
+    """Runs a teacher and a student of the same structure on all batches, station by station.
+
+    Both run in evaluation mode, without gradients. Neither is changed; what the caller writes into
+    the student's weights between two stations is what the next stretch computes with.
+
+    Args:
+        teacher, student: models of one class, which differ in the widths of layers.
+        source: the batches.
+        memory: bytes that waiting batches may take together.
+        reader: how the models are read.
+
+    Raises:
+        TraceError: if the graphs differ, or compute something else than the models do.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        source: Source,
+        *,
+        memory: int,
+        reader: Reader,
+    ) -> None:
+        self.source, self.memory = source, memory
+        self.rules: Mapping[Target, Rule] = {**RULES, **(reader.rules or {})}
+        first = source.first()
+        walkers = []
+        for model in (teacher, student):
+            expected = _evaluated(model, first)
+            reading = reader.trace(model, first.inputs)
+            _check_replay(model, reading, first, expected)
+            walkers.append(_Walker(model, reading.module))
+        self.teacher, self.student = walkers
+        ours, theirs = ([(n.op, str(n.target)) for n in w.nodes] for w in walkers)
+        if ours != theirs:
+            raise TraceError(
+                f"the graph of the small {type(student).__name__!r} has another structure than "
+                f"that of its teacher {type(teacher).__name__!r}: {len(theirs)} nodes against "
+                f"{len(ours)}; give the model that the small one was made from"
+            )
+        self._lanes: dict[int, _Lane] = {}
+        self._done: set[int] = set()
+        self._ahead: set[int] = set()  # nodes that have run in the teacher alone
+        self.peak = 0
+
+    def stations(self, layers: set[str]) -> Iterator[Station]:
+        """Iterate over the calls of the layers, in the order of the forward.
+
+        Layers that are called more than once are left out: one weight serves several inputs there.
+        """
+        calls: dict[str, list[int]] = {}
+        for index, node in enumerate(self.student.nodes):
+            if node.op == "call_module" and str(node.target) in layers:
+                calls.setdefault(str(node.target), []).append(index)
+        for name, (index, *more) in sorted(calls.items(), key=lambda call: call[1]):
+            if not more:
+                yield self._station(name, index)
+
+    def visit(self, station: Station) -> Iterator[tuple[Tensor, Tensor]]:
+        """Run all batches to a station.
+
+        Yields:
+            for each batch the input of the layer in the student, and the target of its output:
+            what the teacher puts out there, or what is missing from the teacher's sum.
+        """
+        last = max(station.index, station.end)
+        behind = self._dependants(station.index, last)
+        before = [i for i in range(last) if i not in self._done and i not in behind]
+        self.student.order += before
+        self.teacher.order += [i for i in before if i not in self._ahead]
+        ahead = [i for i in self._path(station) if i not in self._ahead]
+        self.teacher.order += ahead
+        self._done.update(before)
+        self._ahead.update(ahead)
+        for lane in self._advanced():
+            yield self._pair(lane, station)
+
+    def _pair(self, lane: _Lane, station: Station) -> tuple[Tensor, Tensor]:
+        call = self.student.nodes[station.index]
+        x = lane.student[call.all_input_nodes[0]]
+        target = lane.teacher[self.teacher.nodes[station.end]]
+        if station.other is not None:
+            target = target - lane.student[self.student.nodes[station.other]]
+        return x, target
+
+    @torch.no_grad()
+    def _advanced(self) -> Iterator[_Lane]:
+        """Bring every batch to the present place, one after the other."""
+        if len(self._lanes) == len(self.source):  # all of them are waiting: no need to read data
+            for lane in self._lanes.values():
+                self._advance(lane)
+                yield lane
+            self._account()
+            return
+        with self.source.passing(0) as batches:
+            for number, batch in enumerate(batches):
+                if number >= len(self.source):
+                    break
+                lane = self._lanes.get(number) or _Lane(batch)
+                self._advance(lane)
+                yield lane
+                self._lanes[number] = lane
+                self._account()
+
+    def _advance(self, lane: _Lane) -> None:
+        self.teacher.run(lane.teacher, lane.places[0], lane.batch)
+        self.student.run(lane.student, lane.places[1], lane.batch)
+        lane.places = len(self.teacher.order), len(self.student.order)
+
+    def _account(self) -> None:
+        """Let go of batches, the last one first, until the others fit into the memory."""
+        sizes = {number: lane.bytes() for number, lane in self._lanes.items()}
+        held = sum(sizes.values())
+        self.peak = max(self.peak, held)
+        for number in sorted(sizes, reverse=True):
+            if held <= self.memory:
+                return
+            held -= sizes[number]
+            del self._lanes[number]
+
+    def _station(self, name: str, index: int) -> Station:
+        """Follow a call to the sum that it is a term of, if no other operator stands between."""
+        nodes = self.student.nodes
+        number = {node: i for i, node in enumerate(nodes)}
+        node = nodes[index]
+        while len(node.users) == 1:
+            (user,) = node.users
+            module = (
+                self.student.module.get_submodule(str(user.target))
+                if (user.op == "call_module")
+                else None
+            )
+            if find_rule(user, module, self.rules) is unchanged:
+                node = user
+                continue
+            if user.target in _SUMS and len(user.args) == 2 and not user.kwargs:
+                other = user.args[1] if user.args[0] is node else user.args[0]
+                if isinstance(other, fx.Node) and other is not node and self._adds(user, other):
+                    end = number[user]
+                    if number[other] not in self._dependants(index, end):
+                        return Station(name, index, end, number[other])
+            break
+        return Station(name, index, index)
+
+    def _adds(self, total: fx.Node, other: fx.Node) -> bool:
+        """Whether a sum has the shape of its terms, in the teacher as in the student."""
+        twin = self.teacher.nodes[self.student.nodes.index(total)]
+        shapes = {_shape(node) for node in (total, other, *total.all_input_nodes, twin)}
+        return len(shapes) == 1 and None not in shapes
+
+    def _dependants(self, index: int, last: int) -> set[int]:
+        nodes = self.student.nodes
+        found = {nodes[index]}
+        behind = {index}
+        for i in range(index + 1, last + 1):
+            if any(source in found for source in nodes[i].all_input_nodes):
+                found.add(nodes[i])
+                behind.add(i)
+        return behind
+
+    def _path(self, station: Station) -> list[int]:
+        """Return the nodes that the teacher runs to get from the call to its target."""
+        nodes = self.teacher.nodes
+        needed = {station.end}
+        for i in range(station.end, station.index - 1, -1):
+            if i in needed:
+                sources = {nodes.index(source) for source in nodes[i].all_input_nodes}
+                needed |= {s for s in sources if s >= station.index}
+        return sorted(i for i in needed if i in self._dependants(station.index, station.end))
+
+
+@torch.no_grad()
+def _evaluated(model: nn.Module, batch: Batch) -> list[Tensor]:
+    """Return what a model puts out in evaluation mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        return list(_tensors([batch.run(model)]))
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@torch.no_grad()
+def _check_replay(
+    model: nn.Module, reading: Traced, batch: Batch, expected: Sequence[Tensor]
+) -> None:
+    """Raise a TraceError if the graph computes something else than the model."""
+    given = placeholder_values(model, Inputs(batch.args, batch.kwargs))
+    found = list(_tensors([reading.module(*given)]))
+    same = len(found) == len(expected) and all(
+        f.shape == e.shape and torch.allclose(f, e, rtol=1e-3, atol=1e-4 * float(e.abs().max()))
+        for f, e in zip(found, expected, strict=True)
+    )
+    if not same:
+        raise TraceError(
+            f"the graph of {type(model).__name__!r} computes something else than its forward on "
+            "this data, so it cannot be solved layer by layer; leave the closed forms out: "
+            "Recipe.minutes().but(solve=None, start=GreedySelection())"
+        )
+
+
+def _shape(node: fx.Node) -> tuple[int, ...] | None:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
