@@ -111,6 +111,24 @@ class PreActivationBlock(nn.Module):
         return self.conv2(F.relu(self.bn2(y))) + x
 
 
+class BottleneckBlock(nn.Module):
+    """Three convolutions and a skip: the second one reads a free space, and writes the next."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        return F.relu(self.bn3(self.conv3(y)) + x)
+
+
 class Residual(nn.Module):
     """A stem, two residual blocks, a classifier; with the methods that timm's models have."""
 

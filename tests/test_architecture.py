@@ -172,12 +172,17 @@ def test_public_names_are_sorted_and_complete() -> None:
 
 
 def test_code_of_the_readme_runs() -> None:
-    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    assert block is not None
+    text = (ROOT / "README.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict[str, object] = {}
-    exec(compile(block[1], "README.md", "exec"), names)
-    before, after = (
-        sum(parameter.numel() for parameter in names[model].parameters())
-        for model in ("model", "small")
-    )
+    sizes = []
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+        sizes += [
+            sum(parameter.numel() for parameter in names[model].parameters())
+            for model in ("model", "small")
+        ]
+    assert len(blocks) == 2
+    before, after, *again = sizes
     assert after < before
+    assert again == [before, after]

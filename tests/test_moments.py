@@ -8,16 +8,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from timm.layers.conv2d_same import Conv2dSame, Conv2dSameExport
 from timm.layers.std_conv import ScaledStdConv2dSame, StdConv2dSame
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from torchcap import processes
 from torchcap.errors import DataError
 from torchcap.projection import moments as module
-from torchcap.projection.moments import SecondMoments, input_patches
+from torchcap.projection.moments import JointMoments, SecondMoments, input_patches
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -154,7 +155,7 @@ def test_reduce_without_processes_changes_nothing():
 
 
 def test_reduce_sums_over_processes(monkeypatch):
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes, "count", lambda: 3)
     monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(3))  # two more like this one
     rows = torch.randn(4, 2, generator=seeded(0), dtype=torch.float64)
@@ -341,3 +342,156 @@ def test_layers_of_other_kinds_are_refused(layer):
 def test_at_least_one_row_must_be_wanted():
     with pytest.raises(ValueError, match="got 0"):
         input_patches(nn.Linear(2, 2), torch.zeros(3, 2), max_rows=0)
+
+
+# --- joint moments -------------------------------------------------------------------------------
+
+
+def joint_moments_of(rows: Tensor, targets: Tensor) -> JointMoments:
+    moments = JointMoments(rows.shape[0], rows.shape[2], targets.shape[2])
+    moments.update(rows, targets)
+    return moments
+
+
+def random_pair(seed: int, groups: int, n: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
+    draws = torch.randn(groups, n, inputs + outputs, generator=seeded(seed), dtype=torch.float64)
+    return draws[..., :inputs] + 0.5, draws[..., inputs:] - 0.5
+
+
+def assert_moments_of(moments: JointMoments, x: Tensor, t: Tensor) -> None:
+    """The definition, one sum at a time."""
+    x, t, n = x.double(), t.double(), x.shape[1]
+    assert moments.count == n
+    assert_close(moments.input_mean, x.sum(1) / n)
+    assert_close(moments.output_mean, t.sum(1) / n)
+    assert_close(moments.input_moment, torch.einsum("gni,gnj->gij", x, x) / n)
+    assert_close(moments.cross_moment, torch.einsum("gni,gno->gio", x, t) / n)
+    assert_close(moments.output_square, (t**2).sum(1) / n)
+
+
+SIZES = st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 4))
+
+
+@settings(deadline=None, max_examples=60, print_blob=True)
+@given(
+    seed=SEEDS,
+    sizes=SIZES,
+    chunks=st.lists(st.integers(0, 7), min_size=1, max_size=4).filter(any),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+)
+def test_joint_moments_of_batches_are_those_of_all_rows(seed, sizes, chunks, dtype):
+    groups, inputs, outputs = sizes
+    x, t = (part.to(dtype) for part in random_pair(seed, groups, sum(chunks), inputs, outputs))
+    moments = JointMoments(groups, inputs, outputs)
+    for rows, targets in zip(x.split(chunks, 1), t.split(chunks, 1), strict=True):
+        moments.update(rows, targets)
+    assert_moments_of(moments, x, t)
+
+
+@settings(deadline=None, max_examples=30, print_blob=True)
+@given(seed=SEEDS, sizes=SIZES, elements=st.integers(1, 40), columns=st.integers(1, 7))
+def test_buffers_of_any_size_give_the_same_joint_moments(seed, sizes, elements, columns):
+    groups, inputs, outputs = sizes
+    x, t = random_pair(seed, groups, 9, inputs, outputs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_ELEMENTS_AT_ONCE", elements)
+        patch.setattr(module, "_COLUMNS_AT_ONCE", columns)
+        moments = joint_moments_of(x, t)
+    assert_moments_of(moments, x, t)
+    assert torch.equal(moments.input_moment, moments.input_moment.mT)
+
+
+def test_merged_joint_moments_are_those_of_both_and_leave_the_other_alone():
+    x, t = random_pair(0, 2, 9, 4, 3)
+    left, right = joint_moments_of(x[:, :3], t[:, :3]), joint_moments_of(x[:, 3:], t[:, 3:])
+    left.merge(right)
+    assert_moments_of(left, x, t)
+    assert_moments_of(right, x[:, 3:], t[:, 3:])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", ["rows", "targets"])
+def test_joint_rows_that_are_not_finite_are_refused_and_nothing_is_added(bad, place):
+    x, t = random_pair(0, 2, 5, 3, 2)
+    moments = joint_moments_of(x, t)
+    broken = {"rows": x.clone(), "targets": t.clone()}
+    broken[place][1, 4, 0] = bad
+    with pytest.raises(DataError, match="NaN or infinity"):
+        moments.update(**broken)
+    assert_moments_of(moments, x, t)
+
+
+@given(sizes=SIZES)
+def test_the_size_of_joint_moments_is_what_their_sums_take(sizes):
+    assert JointMoments.size(*sizes) == sum(part.nbytes for part in JointMoments(*sizes)._sums())
+
+
+def test_joint_moments_carry_no_graph_and_autocast_does_not_round_them():
+    x, t = (part.float().requires_grad_() for part in random_pair(0, 1, 50, 8, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        moments = joint_moments_of(x, t)
+    assert_moments_of(moments, x.detach(), t.detach())
+    assert not moments.cross_moment.requires_grad
+
+
+def test_reduce_sums_joint_moments_over_processes(monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: 3)
+    monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(3))  # two more like this one
+    x, t = random_pair(0, 2, 4, 3, 2)
+    moments = joint_moments_of(x, t)
+    moments.reduce()
+    assert_moments_of(moments, *(part.repeat(1, 3, 1) for part in (x, t)))
+
+
+# --- output rows ---------------------------------------------------------------------------------
+
+
+def regression_of(layer: nn.Module, x: Tensor, **draw) -> tuple[Tensor, Tensor]:
+    """Patches with a one behind each, and the layer's own output at the same positions."""
+    seeds = [draw.pop("seed", 0)] * 2
+    first, second = map(seeded, seeds)
+    patches = input_patches(layer, x, generator=first, **draw)
+    rows = module.output_rows(layer, layer(x).detach(), generator=second, **draw)
+    ones = torch.ones(*patches.shape[:2], 1, dtype=x.dtype)
+    targets = rows.reshape(len(rows), len(patches), -1).transpose(0, 1)
+    return torch.cat([patches, ones], 2), targets
+
+
+def kernel_by_least_squares(layer: nn.Module, design: Tensor, targets: Tensor) -> Tensor:
+    solution = torch.linalg.lstsq(design, targets).solution
+    return solution[:, :-1].mT.reshape(layer.weight.shape)
+
+
+@settings(deadline=None, max_examples=60, print_blob=True)
+@given(case=convs(), seed=SEEDS, max_rows=st.none() | st.integers(100, 300))
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+def test_regressing_output_rows_on_patches_recovers_a_kernel(case, seed, max_rows):
+    layer, x = case
+    x = torch.randn(40, *x.shape[1:], generator=seeded(seed), dtype=x.dtype)
+    design, targets = regression_of(layer, x, max_rows=max_rows, seed=seed)
+    # Mirrored borders may show two taps the same inputs everywhere.
+    assume(bool((torch.linalg.matrix_rank(design) == design.shape[2]).all()))
+    assert_close(kernel_by_least_squares(layer, design, targets), layer.weight.detach())
+
+
+@pytest.mark.parametrize("leading", [(50,), (10, 7), (5, 4, 6)])
+@pytest.mark.parametrize("max_rows", [None, 30])
+def test_regressing_output_rows_on_inputs_recovers_a_linear_layer(leading, max_rows):
+    layer = nn.Linear(5, 3, dtype=torch.float64)
+    x = torch.randn(*leading, 5, generator=seeded(0), dtype=torch.float64)
+    design, targets = regression_of(layer, x, max_rows=max_rows)
+    assert design.shape[1] == (max_rows or math.prod(leading))
+    assert_close(kernel_by_least_squares(layer, design, targets), layer.weight.detach())
+
+
+def test_output_rows_of_more_channels_are_at_the_same_positions():
+    layer, wide = nn.Conv2d(2, 3, 3), nn.Conv2d(2, 8, 3)
+    x = torch.randn(2, 2, 6, 6, generator=seeded(0))
+    with torch.no_grad():
+        wide.weight[2:5], wide.bias[2:5] = layer.weight, layer.bias
+    rows, more = (
+        module.output_rows(layer, y, max_rows=9, generator=seeded(1)) for y in (layer(x), wide(x))
+    )
+    assert more.shape == (9, 8)
+    assert_close(more[:, 2:5], rows)

@@ -79,11 +79,17 @@ class Batch:
         Raises:
             DataError: if the batch is not finite, or the model does not accept it.
         """
+        with self.blamed(model):
+            return model(*self.args, **self.kwargs)
+
+    @contextlib.contextmanager
+    def blamed(self, model: nn.Module) -> Iterator[None]:
+        """Check the batch, and turn what goes wrong while a model runs on it into a DataError."""
         for tensor in self.tensors:
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise DataError(f"batch {self.number} of the data holds NaN or infinite values")
         try:
-            return model(*self.args, **self.kwargs)
+            yield
         except TorchcapError:
             raise
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
@@ -168,14 +174,17 @@ class Source:
         Data that does not know its length is passed over once to count.
         """
         if self._length is None:
-            length = len(self.data) if isinstance(self.data, Sized) else 0
-            if not isinstance(self.data, Sized):
-                with self._seeded(0):
-                    length = sum(1 for _ in self.data)
-            self._length = processes.smallest(length)
+            self._length = processes.smallest(self._counted())
         if self._length == 0:
             raise DataError("the data is empty: expected at least one batch of images")
         return self._length if self.limit is None else min(self._length, self.limit)
+
+    def _counted(self) -> int:
+        if isinstance(self.data, Sized):
+            with contextlib.suppress(TypeError):  # a DataLoader of an iterable data set has none
+                return len(self.data)
+        with self._seeded(0):
+            return sum(1 for _ in self.data)
 
     def first(self) -> Batch:
         """Return the first batch of the first pass.

@@ -196,6 +196,22 @@ def reestimate_statistics(model: nn.Module, images: Tensor, *, batch: int = 500)
     model.eval()
 
 
+class Bars:
+    """Shows the progress of `torchcap.compress` and of its steps: one bar for each of them."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+
+    def __call__(self, progress: torchcap.Progress) -> None:
+        if self.bar is None or self.bar.desc != f"{progress.name}: ":
+            self.bar = tqdm(total=progress.steps, desc=progress.name)
+        self.bar.update(progress.step - self.bar.n)
+        self.bar.set_postfix(loss=f"{progress.loss:.3f}", refresh=False)
+        if progress.step == progress.steps:
+            self.bar.close()
+            self.bar = None
+
+
 class Table:
     """Rows that are kept in a file as they come, with the settings, and printed at the end."""
 
@@ -223,23 +239,24 @@ class Table:
         return format_table(list(self.rows[0]), rows) if rows else "no rows"
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser with the options that all experiments have."""
+def parser(description: str | None, *, cifar: bool = True) -> argparse.ArgumentParser:
+    """Return a parser with the options that all experiments have, and those of the CIFAR ones."""
     result = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     result.add_argument("--data", type=Path, required=True, metavar="DIR")
-    result.add_argument("--weights", type=Path, required=True, metavar="FILE")
-    result.add_argument("--depth", type=int, default=20, choices=(20, 56))
     result.add_argument("--threads", type=int, default=2)
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--out", type=Path, metavar="FILE", help="JSON of the settings and rows")
-    result.add_argument(
-        "--split",
-        choices=("validation", "test"),
-        default="validation",
-        help="what fills the table: images of train/ set aside, or test/ after all of train/",
-    )
+    if cifar:
+        result.add_argument("--weights", type=Path, required=True, metavar="FILE")
+        result.add_argument("--depth", type=int, default=20, choices=(20, 56))
+        result.add_argument(
+            "--split",
+            choices=("validation", "test"),
+            default="validation",
+            help="what fills the table: images of train/ set aside, or test/ after all of train/",
+        )
     return result
 
 

@@ -32,6 +32,7 @@ import torch_pruning as tp
 
 sys.path.append(str(Path(__file__).parents[1]))  # the examples are scripts, not a package
 from protocol import (
+    Bars,
     ClassLoss,
     Images,
     MakeOptimizer,
@@ -47,6 +48,7 @@ from protocol import (
     start,
 )
 
+import torchcap
 from benchmarks.measure import count_macs, outputs
 from cifar_models import BasicBlock, CifarResNet, load_cifar_resnet
 
@@ -64,6 +66,7 @@ IMPORTANCES = {
 }
 ROWS = [name for name in IMPORTANCES if name != "lamp"]
 TAYLOR_BATCH, TAYLOR_BATCHES = 64, 16
+CALIBRATION = 8  # batches that the closed form looks at
 LOSSES = {"no": ClassLoss(), "yes": ClassLoss(labels=1.0)}
 OPTIMIZERS = {"sgd": sgd, "adam": adam}
 TRIALS = (("sgd", 0.01), ("sgd", 0.03), ("sgd", 0.1), ("adam", 1e-3), ("adam", 3e-3))
@@ -84,7 +87,7 @@ def main() -> None:
     start(options)
     teacher = load_cifar_resnet(options.depth, options.weights)
     splits = load_splits(options.data, seed=options.seed)
-    train, scored = splits.of("validation" if options.choose else options.split)
+    train, scored = splits.of(options.split)
     print(f"ResNet-{options.depth}: {len(train):,} images to train on, {len(scored):,} to score")
 
     table, logits = Table(options), outputs(teacher, scored.images)
@@ -117,7 +120,7 @@ def candidates(
     if options.choose:
         yield from trials(teacher, train, options)
         return
-    if not (options.peers_only or options.one_shot_only):
+    if not options.peers_only:
         yield from torchcap_rows(teacher, train, options)
     for name in options.importances:
         yield from peer_rows(name, teacher, train, options)
@@ -126,8 +129,41 @@ def candidates(
 def torchcap_rows(
     teacher: nn.Module, train: Images, options: argparse.Namespace
 ) -> Iterator[Candidate]:
-    """Compress without labels and with them, for as many steps as the peers train."""
-    raise NotImplementedError
+    """Compress without labels and with them, for as many steps as the peers train.
+
+    The distillation is that of the peers; the reconstruction of features is torchcap's own.
+    """
+    began = time.perf_counter()
+    batches = loader(train, batch=options.batch)
+    closed = torchcap.compress(
+        teacher,
+        batches,
+        recipe=torchcap.Recipe(start=torchcap.ClosedForm(batches=CALIBRATION)),
+        seed=options.seed,
+        on_progress=Bars(),
+    )
+    seconds = time.perf_counter() - began
+    yield Candidate("torchcap, closed form", "no", closed, 0, seconds)
+    if options.one_shot_only:
+        return
+    for labels, loss in LOSSES.items():
+        small = copy.deepcopy(closed)
+        began = time.perf_counter()
+        augment = torchcap.FlipAndShift()
+        torchcap.relax(
+            small,
+            teacher,
+            batches,
+            epochs=options.epochs,
+            temperature=loss.temperature,
+            labels=loss.labels,
+            augment=(augment,) if loss.labels else (augment, torchcap.Mix()),
+            seed=options.seed,
+            on_progress=Bars(),
+        )
+        elapsed = seconds + time.perf_counter() - began
+        steps = options.epochs * len(batches)
+        yield Candidate("torchcap, trained", labels, small, steps, elapsed)
 
 
 def peer_rows(
@@ -143,14 +179,16 @@ def peer_rows(
     began = time.perf_counter()
     refreshed = copy.deepcopy(pruned)
     reestimate_statistics(refreshed, train.images)
-    seconds += time.perf_counter() - began
-    yield Candidate(f"{name}, one-shot, new statistics", labels, refreshed, 0, seconds)
+    more = time.perf_counter() - began
+    yield Candidate(f"{name}, one-shot, new statistics", labels, refreshed, 0, seconds + more)
 
     if not options.one_shot_only:
         make_optimizer = OPTIMIZERS[options.peer_optimizer](options.peer_lr)
         for row in trained(pruned, teacher, train, make_optimizer, options):
-            labels = row.labels if row.labels == "yes" else labels
-            yield row._replace(method=f"{name}, trained", labels=labels)
+            labels = "yes" if row.labels == "yes" else labels
+            yield Candidate(
+                f"{name}, trained", labels, row.network, row.steps, seconds + row.seconds
+            )
 
 
 def trials(teacher: nn.Module, train: Images, options: argparse.Namespace) -> Iterator[Candidate]:
@@ -239,7 +277,10 @@ def parse_options() -> argparse.Namespace:
         action="store_true",
         help="try learning rates for the first importance on the validation part",
     )
-    return options.parse_args()
+    chosen = options.parse_args()
+    if chosen.choose:
+        chosen.split = "validation"
+    return chosen
 
 
 if __name__ == "__main__":

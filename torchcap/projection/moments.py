@@ -166,7 +166,7 @@ class JointMoments:
     @staticmethod
     def size(groups: int, inputs: int, outputs: int) -> int:
         """Return the bytes that the sums take."""
-        return 8 * groups * (inputs + 1) * (inputs + outputs)
+        return 8 * groups * ((inputs + 1) * (inputs + outputs) + outputs)
 
     @torch.no_grad()
     def update(self, rows: Tensor, targets: Tensor) -> None:

@@ -41,7 +41,8 @@ def insert_fresh_norms_(
 ) -> tuple[nn.Module, ...]:
     """Put a fresh batch norm behind every layer that a norm was folded into, in place.
 
-    The model computes the same as before in evaluation mode. The norms are in training mode.
+    The model computes the same as before in evaluation mode. The norms are in training mode. Layers
+    whose weight or bias is frozen get none: folding it would change them.
 
     Args:
         model: a folded model.
@@ -51,11 +52,8 @@ def insert_fresh_norms_(
     Returns:
         the layers that got one.
     """
-    layers = [
-        model.get_submodule(fold.layer)
-        for fold in folds
-        if fold.norm is not None and isinstance(_tensor(model, fold.layer, "bias"), Tensor)
-    ]
+    layers = [model.get_submodule(fold.layer) for fold in folds if fold.norm is not None]
+    layers = [layer for layer in layers if _trains(layer)]
     statistics = _statistics(model, layers, source)
     done = []
     for layer in layers:
@@ -133,5 +131,6 @@ def _hooked(layers: Sequence[nn.Module], hook: Any) -> Iterator[None]:
             handle.remove()
 
 
-def _tensor(model: nn.Module, layer: str, name: str) -> Any:
-    return getattr(model.get_submodule(layer), name, None)
+def _trains(layer: nn.Module) -> bool:
+    tensors = (getattr(layer, name, None) for name in ("weight", "bias"))
+    return all(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)

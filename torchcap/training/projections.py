@@ -71,10 +71,11 @@ def train_round(
     schedule: Projections,
     watch: Watch,
 ) -> None:
-    """Train the projections of some spaces, in place; the others stay as they are."""
+    """Train the projections of some spaces, in place; the others and frozen ones stay."""
     root = unwrapped(student)
     projections = student_of(root).projections
-    ours = [p for name in names if isinstance(p := projections[name], Stiefel)]
+    stiefel = [p for name in names if isinstance(p := projections[name], Stiefel)]
+    ours = [projection for projection in stiefel if projection.proxy.requires_grad]
     if not ours:
         return
     passed = find_attachment(root, TeacherPass)

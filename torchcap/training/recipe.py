@@ -152,7 +152,7 @@ class Training:
     reconstruction: float = 1.0
     distillation: float = 1.0
     labels: float = 0.0
-    temperature: float = 2.0
+    temperature: float = 1.0
     augment: tuple[Augment, ...] = ()
     clip: float | None = None
     warmup: float = 0.05

@@ -20,6 +20,9 @@ from torchcap.projection.moments import JointMoments
 RIDGES: Final = (1e-6, 1e-4, 1e-2, 1.0)
 """Ridges that are tried, as shares of the mean of ``H``'s diagonal."""
 
+ROUNDING: Final = 1e-12
+"""What rounding may leave of a constant input when it is centred, as a share of its square."""
+
 
 @dataclass(frozen=True, slots=True)
 class Affine:
@@ -65,21 +68,40 @@ def regress(
         intercept: whether the map may have a bias; without one, moments are not centred.
         present: shape ``(groups, inputs)``: inputs that may be used; others get zero weight.
     """
-    H, B, W = moments.input_moment, moments.cross_moment, start.weight.to(moments.input_moment)
+    H, regular = spread(moments, ridge=ridge, intercept=intercept, present=present)
+    B, W = moments.cross_moment, start.weight.to(H)
     x, t = moments.input_mean, moments.output_mean
     if intercept:
-        H = H - x.unsqueeze(2) * x.unsqueeze(1)
         B = B - x.unsqueeze(2) * t.unsqueeze(1)
     if present is not None:
-        keep = present.to(H)
-        H = H * keep.unsqueeze(1) * keep.unsqueeze(2) + torch.diag_embed(1 - keep)
-        B, W = B * keep.unsqueeze(2), W * keep.unsqueeze(2)
-    scale = H.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float32).tiny)
-    regular = H + torch.diag_embed((ridge * scale).unsqueeze(1).expand(-1, H.shape[1]))
-    W = W + torch.linalg.solve(regular, B - H @ W)
+        B, W = B * present.to(B).unsqueeze(2), W * present.to(W).unsqueeze(2)
+    W = W + torch.cholesky_solve(B - H @ W, torch.linalg.cholesky(regular))
     if not intercept:
         return Affine(W, start.bias.to(W))
     return Affine(W, t - (x.unsqueeze(1) @ W)[:, 0])
+
+
+def spread(
+    moments: JointMoments,
+    *,
+    ridge: float,
+    intercept: bool = True,
+    present: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return ``H``, and ``H + λI``, which is positive definite; both ``(groups, inputs, inputs)``.
+
+    Inputs that are not present are zero in the one, and stand apart from the others in both.
+    """
+    square, x = moments.input_moment, moments.input_mean
+    H = square - x.unsqueeze(2) * x.unsqueeze(1) if intercept else square
+    used = torch.ones_like(x) if present is None else present.to(x)
+    H = H * used.unsqueeze(1) * used.unsqueeze(2)
+    count = used.sum(1).clamp_min(1)
+    mean, rounding = (
+        (M.diagonal(dim1=1, dim2=2) * used).sum(1) / count for M in (H, ROUNDING * square)
+    )
+    added = torch.maximum(ridge * mean, rounding).clamp_min(torch.finfo(torch.float32).tiny)
+    return H, H + torch.diag_embed(added.unsqueeze(1) * used + (1 - used))
 
 
 def choose_ridge(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchcap import processes
 from torchcap.batches import Batches, Source, as_source
 from torchcap.errors import ModelError
 from torchcap.graph.analyze import Reader
@@ -129,11 +130,12 @@ def train_kernels(
             f"no parameter of the small {type(small).__name__!r} requires a gradient; call "
             "small.requires_grad_(True) first"
         )
-    pairs = _pairs(reader(small, inputs), reader(teacher, inputs))
+    graphs = reader(small, inputs), reader(teacher, inputs)
+    pairs = _pairs(*graphs)
     schedule = _without_places(schedule, small) if not pairs else schedule
     with evaluating(small):
         lifts = _lifts(small, teacher, pairs, source) if schedule.reconstruction > 0 else None
-        folds = reader(teacher, inputs).folds if schedule.batch_norm else ()
+        folds = graphs[1].folds if schedule.batch_norm else ()
         fresh = insert_fresh_norms_(small, folds, source)
         ours, theirs = ([pair[side] for pair in pairs] for side in (0, 1))
         passed = TeacherPass(teacher, ours, lifts, twins=theirs, always=True)
@@ -212,7 +214,9 @@ class _LiftSearch(TeacherPass):
         moments.update(rows[draw].unsqueeze(0), targets[draw].unsqueeze(0))
 
     def enough(self) -> bool:
-        return all(m.count >= _ROWS_PER_CHANNEL * m.inputs for m in self.moments.values())
+        """Whether every process has seen enough: they read on, or stop, together."""
+        found = all(m.count >= _ROWS_PER_CHANNEL * m.inputs for m in self.moments.values())
+        return bool(processes.smallest(int(found)))
 
 
 @torch.no_grad()

@@ -49,25 +49,28 @@ class _Walker:
             given = placeholder_values(self.model, Inputs(batch.args, batch.kwargs))
             self.interpreter.args_iter = iter(self.module.graph.process_inputs(*given))
         self.interpreter.env = values
+        done = {self.nodes[index] for index in self.order[:start]}
         for index in self.order[start:]:
             node = self.nodes[index]
             values[node] = self.interpreter.run_node(node)
-        done = {self.nodes[index] for index in self.order}
-        for node in [n for n in values if n.users and all(user in done for user in n.users)]:
-            del values[node]
+            done.add(node)
+            for read in node.all_input_nodes:  # a batch that starts again passes many layers
+                if read in values and all(user in done for user in read.users):
+                    del values[read]
 
 
 @dataclass(slots=True)
 class _Lane:
-    """One batch on its way: what it has computed, and how far it came in each graph."""
+    """One batch on its way: what it has computed, how far it came in each graph, its bytes."""
 
     batch: Batch
     teacher: Values = field(default_factory=dict)
     student: Values = field(default_factory=dict)
     places: tuple[int, int] = (0, 0)
+    size: int = 0
 
-    def bytes(self) -> int:
-        """Memory of the tensors that the lane holds, its batch among them."""
+    def weigh(self) -> int:
+        """Return the memory of the tensors that the lane holds, its batch among them."""
         held: dict[int, int] = {}
         for tensor in _tensors([self.batch.args, self.batch.kwargs, self.teacher, self.student]):
             storage = tensor.untyped_storage()
@@ -149,9 +152,9 @@ class Replay:
         for index, node in enumerate(self.student.nodes):
             if node.op == "call_module" and str(node.target) in layers:
                 calls.setdefault(str(node.target), []).append(index)
-        for name, (index, *more) in sorted(calls.items(), key=lambda call: call[1]):
-            if not more:
-                yield self._station(name, index)
+        once = {name: index for name, (index, *more) in calls.items() if not more}
+        for name, index in sorted(once.items(), key=operator.itemgetter(1)):
+            yield self._station(name, index, set(once.values()))
 
     def visit(self, station: Station) -> Iterator[tuple[Tensor, Tensor]]:
         """Run all batches to a station.
@@ -184,10 +187,11 @@ class Replay:
     def _advanced(self) -> Iterator[_Lane]:
         """Bring every batch to the present place, one after the other."""
         if len(self._lanes) == len(self.source):  # all of them are waiting: no need to read data
-            for lane in self._lanes.values():
+            for number in list(self._lanes):
+                lane = self._lanes[number]
                 self._advance(lane)
                 yield lane
-            self._account()
+                self._account(number)
             return
         with self.source.passing(0) as batches:
             for number, batch in enumerate(batches):
@@ -200,23 +204,30 @@ class Replay:
                 self._account()
 
     def _advance(self, lane: _Lane) -> None:
-        self.teacher.run(lane.teacher, lane.places[0], lane.batch)
-        self.student.run(lane.student, lane.places[1], lane.batch)
+        with lane.batch.blamed(self.student.model):
+            self.teacher.run(lane.teacher, lane.places[0], lane.batch)
+            self.student.run(lane.student, lane.places[1], lane.batch)
         lane.places = len(self.teacher.order), len(self.student.order)
+        lane.size = lane.weigh()
 
-    def _account(self) -> None:
-        """Let go of batches, the last one first, until the others fit into the memory."""
-        sizes = {number: lane.bytes() for number, lane in self._lanes.items()}
-        held = sum(sizes.values())
+    def _account(self, last: int | None = None) -> None:
+        """Let go of batches until the others fit into the memory: the last ones first.
+
+        Args:
+            last: number of the last batch that may go; those behind it have still to be seen.
+        """
+        held = sum(lane.size for lane in self._lanes.values())
+        for number in sorted(self._lanes, reverse=True):
+            if held > self.memory and (last is None or number <= last):
+                held -= self._lanes.pop(number).size
         self.peak = max(self.peak, held)
-        for number in sorted(sizes, reverse=True):
-            if held <= self.memory:
-                return
-            held -= sizes[number]
-            del self._lanes[number]
 
-    def _station(self, name: str, index: int) -> Station:
-        """Follow a call to the sum that it is a term of, if no other operator stands between."""
+    def _station(self, name: str, index: int, stops: set[int]) -> Station:
+        """Follow a call to the sum that it is a term of, if no other operator stands between.
+
+        Of two layers that are added, the later one makes up for what is missing from the sum: the
+        value of the other has to be final.
+        """
         nodes = self.student.nodes
         number = {node: i for i, node in enumerate(nodes)}
         node = nodes[index]
@@ -234,7 +245,7 @@ class Replay:
                 other = user.args[1] if user.args[0] is node else user.args[0]
                 if isinstance(other, fx.Node) and other is not node and self._adds(user, other):
                     end = number[user]
-                    if number[other] not in self._dependants(index, end):
+                    if not stops & set(range(index + 1, end)):
                         return Station(name, index, end, number[other])
             break
         return Station(name, index, index)

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from torchcap import processes
 from torchcap.batches import Batches, Source, as_source, mixed_seed
 from torchcap.graph.analyze import Reader
-from torchcap.graph.rules import CONVOLUTIONS, LINEARS, Target
+from torchcap.graph.rules import RULES, STANDARDIZED, Target, find_module_rule
 from torchcap.graph.spaces import ChannelSpace, SpaceGraph
 from torchcap.graph.values import Rule
 from torchcap.plan.plan import Plan
@@ -37,7 +38,7 @@ from torchcap.projection.initialize import (
 from torchcap.projection.moments import JointMoments, input_patches, output_rows
 from torchcap.training.progress import OnProgress, Progress, Watch
 from torchcap.training.recipe import ClosedForm
-from torchcap.training.regression import Affine, choose_ridge, regress
+from torchcap.training.regression import Affine, choose_ridge, regress, spread
 from torchcap.training.replay import Replay, Station
 from torchcap.transform.fold import fold_
 from torchcap.transform.materialize import erase_identities_
@@ -57,10 +58,10 @@ class Solved:
         layer: qualified name.
         method: ``"kernel"`` (the whole kernel by regression), ``"mixing"`` (the teacher's kernel
             behind a regression of its input channels, where the kernel's moments are too large) or
-            ``"kept"``, where no solution predicted the other half of the data better, or even the
-            channels' moments are too large.
+            ``"kept"``, where neither did better than the weights that were there.
         ridge: that was chosen, as a share of the moments' mean diagonal.
-        before, after: mean square error of the layer's output, as a share of the target's.
+        before, after: mean square error of the layer's output, as a share of the target's; NaN if
+            the memory is too small to measure it.
     """
 
     layer: str
@@ -256,7 +257,7 @@ class _Sweep:
             done.append(solved)
             if watch.on_progress is not None:
                 watch.on_progress(Progress(watch.name, number, len(stations), solved.after))
-        return Solution(tuple(done), self.peak)
+        return Solution(tuple(done), max(self.peak, self.replay.peak))
 
     def _behind(self, cut: set[str]) -> set[str]:
         """Return the layers that read something that a cut has changed, or that are cut there."""
@@ -289,7 +290,9 @@ class _Sweep:
         layer = _plain_layer(self.student, station.name)
         assert layer is not None  # noqa: S101 - stations are made of plain layers
         groups, inputs, outputs = _sizes(layer)
-        bytes_needed = 3 * JointMoments.size(groups, inputs, outputs)  # two halves, one solution
+        # Two halves and one solution, and what leads to the coordinates of the targets.
+        bytes_needed = 3 * JointMoments.size(groups, inputs, outputs)
+        bytes_needed += self._coordinates_size(station, layer)
         if bytes_needed > self.memory:
             return self._mix(station, layer)
         parts = self._moments(station, layer, (groups, inputs, outputs))
@@ -335,11 +338,23 @@ class _Sweep:
         self, layer: _Layer, x: Tensor, target: Tensor, station: Station, number: int
     ) -> tuple[Tensor, Tensor]:
         """Return patches of the input, and the target at the same positions."""
-        seed = mixed_seed(self.seed, station.index, number)
-        draws = (torch.Generator().manual_seed(seed) for _ in range(2))
-        patches = input_patches(layer, x, max_rows=ROWS_PER_BATCH, generator=next(draws))
-        rows = output_rows(layer, target, max_rows=ROWS_PER_BATCH, generator=next(draws))
-        return patches, rows
+        generator = self._generator(station, number)
+        patches = input_patches(layer, x, max_rows=ROWS_PER_BATCH, generator=generator)
+        return patches, self._output_rows(layer, target, station, number)
+
+    def _output_rows(self, layer: _Layer, y: Tensor, station: Station, number: int) -> Tensor:
+        generator = self._generator(station, number)
+        return output_rows(layer, y, max_rows=ROWS_PER_BATCH, generator=generator)
+
+    def _generator(self, station: Station, number: int) -> torch.Generator:
+        """Return the source of the draw of positions, anew for each use."""
+        return torch.Generator().manual_seed(mixed_seed(self.seed, station.index, number))
+
+    def _coordinates_size(self, station: Station, layer: _Layer) -> int:
+        twin = _plain_layer(self.teacher, station.name)
+        assert twin is not None  # noqa: S101 - the structures are the same
+        wide, narrow = twin.weight.shape[0], layer.weight.shape[0]
+        return 0 if wide == narrow else JointMoments.size(1, wide, narrow)
 
     def _coordinates(self, station: Station, layer: _Layer) -> Callable[[Tensor], Tensor] | None:
         """Find how the teacher's output looks in the coordinates of a layer that writes fewer.
@@ -354,8 +369,7 @@ class _Sweep:
             return None
         moments = JointMoments(1, wide, narrow, device=layer.weight.device)
         for number, (x, target) in enumerate(self.replay.visit(station)):
-            _, rows = self._rows(layer, x, target, station, number)
-            _, ours = self._rows(layer, x, layer(x), station, number)
+            rows, ours = (self._output_rows(layer, y, station, number) for y in (target, layer(x)))
             moments.update(rows.unsqueeze(0), ours.unsqueeze(0))
         moments.reduce()
         zero = Affine(
@@ -366,15 +380,40 @@ class _Sweep:
 
     def _mix(self, station: Station, layer: _Layer) -> Solved:
         """Put a regression of the teacher's input channels in front of the teacher's kernel."""
+        old, new = layer.weight.detach().clone(), self._mixed_kernel(station, layer)
+        before, after = self._errors(station, layer, (old, old if new is None else new))
+        if new is None or not after < before:
+            layer.weight.copy_(old)
+            return Solved(station.name, "kept", None, before, before)
+        return Solved(station.name, "mixing", 1e-4, before, after)
+
+    def _errors(self, station: Station, layer: _Layer, kernels: Sequence[Tensor]) -> list[float]:
+        """Return the error of a layer's output with each of some kernels; the last one stays."""
+        if self._coordinates_size(station, layer) > self.memory:
+            return [float("nan")] * len(kernels)
+        coordinates = self._coordinates(station, layer)
+        sums = torch.zeros(1 + len(kernels), dtype=torch.float64)
+        for number, (x, target) in enumerate(self.replay.visit(station)):
+            rows = self._output_rows(layer, target, station, number).double()
+            rows = rows if coordinates is None else coordinates(rows)
+            sums[0] += rows.square().sum().cpu()
+            for place, kernel in enumerate(kernels, start=1):
+                layer.weight.copy_(kernel)
+                ours = self._output_rows(layer, layer(x), station, number)
+                sums[place] += (ours.double() - rows).square().sum().cpu()
+        total, *errors = processes.sum_(sums).tolist()
+        return [error / total if total > 0 else 0.0 for error in errors]
+
+    def _mixed_kernel(self, station: Station, layer: _Layer) -> Tensor | None:
+        """Return the teacher's kernel behind the regression; None where there can be none."""
         twin = _plain_layer(self.teacher, station.name)
         assert twin is not None  # noqa: S101 - the structures are the same
         groups = getattr(layer, "groups", 1)
         narrow, wide = layer.weight.shape[1], twin.weight.shape[1]
         size = JointMoments.size(groups, narrow, wide)
         same_output = layer.weight.shape[0] == twin.weight.shape[0]
-        kept = Solved(station.name, "kept", None, float("nan"), float("nan"))
         if size > self.memory or not same_output or station.name in self.present:
-            return kept
+            return None
         moments = JointMoments(groups, narrow, wide, device=layer.weight.device)
         node = self.replay.student.nodes[station.index].all_input_nodes[0]
         before = self.replay.student.nodes.index(node)
@@ -385,7 +424,7 @@ class _Sweep:
                 v.movedim(channels, -1).reshape(-1, groups, v.shape[channels] // groups)
                 for v in (x, target)
             )
-            generator = torch.Generator().manual_seed(mixed_seed(self.seed, station.index, number))
+            generator = self._generator(station, number)
             draw = torch.randperm(len(ours), generator=generator)[:ROWS_PER_BATCH].to(ours.device)
             moments.update(ours[draw].transpose(0, 1), theirs[draw].transpose(0, 1))
         moments.reduce()
@@ -398,8 +437,7 @@ class _Sweep:
         found = regress(moments, _moved(zero, layer), ridge=1e-4, intercept=False)
         grouped = twin.weight.double().reshape(groups, -1, wide, twin.weight[0, 0].numel())
         mixed = torch.einsum("gowt,gnw->gont", grouped, found.weight)
-        layer.weight.copy_(mixed.reshape(layer.weight.shape))
-        return Solved(station.name, "mixing", 1e-4, 1.0, found.error(moments))
+        return mixed.reshape(layer.weight.shape).to(layer.weight)
 
     # ----------------------------------------------------------------------------------------------
     # Choosing channels
@@ -424,6 +462,7 @@ class _Sweep:
                 rank = plan.choices[name].rank
                 self.choosable[name] = _Choice(space, port.module, port.offset, rank)
 
+    @torch.no_grad()
     def restrict(self, space: ChannelSpace, basis: Tensor) -> None:
         """Cut the readers of a space that has been decided down to the channels that stay."""
         self.bases[space.name] = basis
@@ -446,14 +485,16 @@ class _Sweep:
         """Choose the channels of the spaces that a layer reads; return what it may read."""
         choices = [choice for choice in self.choosable.values() if choice.layer == name]
         if choices:
-            channels = _plain_layer(self.student, name).weight.shape[1]  # type: ignore[union-attr]
+            layer = _plain_layer(self.student, name)
+            assert layer is not None  # noqa: S101 - choices are made at plain layers
+            channels = layer.weight.shape[1]
             taps = moments.inputs // channels
-            full = regress(moments, start, ridge=1e-4)
-            mean = moments.input_mean[0]
-            covariance = moments.input_moment[0] - mean.outer(mean)
-            scale = covariance.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-            covariance.diagonal().add_(1e-4 * scale)
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+            mask = self.present.get(name)  # of the spaces that were decided before
+            there = None if mask is None else _repeated(mask, 1, moments.inputs)
+            bias = layer.bias is not None
+            full = regress(moments, start, ridge=1e-4, intercept=bias, present=there)
+            _, regular = spread(moments, ridge=1e-4, intercept=bias, present=there)
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(regular[0]))
             weight = full.weight[0].mT.reshape(-1, channels, taps)
             drops = sum(choice.space.channels - choice.rank for choice in choices)
             elimination = Elimination(weight, inverse, drops=max(1, drops))
@@ -481,16 +522,17 @@ class _Choice:
 
 
 def _plain_layer(model: nn.Module, name: str) -> _Layer | None:
-    """Return a layer that can be solved: a convolution or linear layer of its own parameters."""
+    """Return a layer that can be solved: it multiplies patches with a weight of its own."""
     try:
         layer = model.get_submodule(name) if name else None
     except AttributeError:
         return None
-    if not isinstance(layer, CONVOLUTIONS + LINEARS) or parametrize.is_parametrized(layer):
+    if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
         return None
-    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
-        return layer if isinstance(layer.weight, nn.Parameter) else None
-    return None
+    # A subclass may do something else, and a standardised weight is not the one that is stored.
+    known = find_module_rule(layer, RULES) is not None and not isinstance(layer, STANDARDIZED)
+    own = not parametrize.is_parametrized(layer) and isinstance(layer.weight, nn.Parameter)
+    return layer if known and own else None
 
 
 def _sizes(layer: _Layer) -> tuple[int, int, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +15,7 @@ from torchcap import processes
 from torchcap.errors import StateError
 
 _FORMAT, _VERSION = "torchcap-state", 1
+_KEYS = {"identity", "phase", "parts", "inner"}
 
 
 class StateFile:
@@ -38,9 +41,14 @@ class StateFile:
         """Read the file, if there is one.
 
         Raises:
-            StateError: if it cannot be read, is no state, or is that of another run.
+            StateError: if it cannot be read, is no state, or is that of another run; or if there is
+                no folder to write it to.
         """
-        if self.path is None or not self.path.exists():
+        if self.path is None:
+            return False
+        if not self.path.parent.is_dir():
+            raise StateError(f"there is no folder {str(self.path.parent)!r} for the state; make it")
+        if not self.path.exists():
             return False
         try:
             content = torch.load(self.path, weights_only=True, map_location="cpu")
@@ -51,7 +59,7 @@ class StateFile:
             ) from error
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise StateError(f"{str(self.path)!r} is no saved state of torchcap; give another path")
-        if content.get("version") != _VERSION:
+        if content.get("version") != _VERSION or not content.keys() >= _KEYS:
             raise StateError(
                 f"{str(self.path)!r} is a state of version {content.get('version')!r}; this "
                 f"torchcap reads version {_VERSION}. Remove it to begin anew"
@@ -69,9 +77,10 @@ class StateFile:
     def finish_phase(self, **parts: Any) -> None:
         """Save that a phase is done, with what it has left to the next ones."""
         self.phase += 1
-        self.parts.update(parts)
         self.inner = None
-        self._write()
+        if self.path is not None:
+            self.parts.update(copy.deepcopy(parts))  # the next phase trains the tensors themselves
+            self._write()
 
     def resume(self) -> Mapping[str, Any] | None:
         """Return the state of the training that was under way; see ``Keeper``."""
@@ -107,7 +116,8 @@ class StateFile:
                 os.fsync(file.fileno())
             beside.replace(self.path)
         except (OSError, RuntimeError) as error:
-            beside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                beside.unlink()
             kept = "the state before it is kept" if self.path.exists() else "no state is kept"
             raise StateError(
                 f"the state cannot be written to {str(self.path)!r} ({error}); {kept}. Free some "
