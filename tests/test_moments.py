@@ -409,6 +409,18 @@ def test_merged_joint_moments_are_those_of_both_and_leave_the_other_alone():
     assert_moments_of(right, x[:, 3:], t[:, 3:])
 
 
+@given(seed=SEEDS, sizes=SIZES, most=st.integers(1, 5))
+def test_thinned_moments_are_those_of_some_targets(seed, sizes, most):
+    groups, inputs, outputs = sizes
+    x, t = random_pair(seed, groups, 6, inputs, outputs)
+    moments = joint_moments_of(x, t)
+    thin = moments.thinned(most)
+    some = t[..., :: math.ceil(outputs / most)]
+    assert 1 <= thin.outputs == some.shape[2] <= most
+    assert_moments_of(thin, x, some)
+    assert_moments_of(moments, x, t)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", ["rows", "targets"])
 def test_joint_rows_that_are_not_finite_are_refused_and_nothing_is_added(bad, place):

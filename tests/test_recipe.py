@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from torchcap import (
     LargestNorm,
     Mix,
     Projections,
+    RandomOrthonormal,
     Recipe,
     RecipeError,
     Relaxation,
@@ -173,6 +175,24 @@ def test_text_tells_recipes_of_other_values_apart() -> None:
         for start in (ClosedForm(), ClosedForm(batches=2), LargestNorm())
     ]
     assert len(set(texts)) == len(texts)
+
+
+def test_text_is_that_of_an_equal_recipe_made_elsewhere() -> None:
+    def made(seed: int) -> str:
+        start = RandomOrthonormal(torch.Generator().manual_seed(seed))
+        changes = (partial(torch.flip, dims=(3,)), lambda x: x, Own(), Mix())
+        return str(Recipe(start=start, relaxation=Relaxation(augment=changes)))
+
+    assert made(0) == made(0)
+    assert made(0) != made(1)
+    assert "0x" not in made(0)  # no place in memory
+
+
+class Own:
+    """A change of the user's own, without a text of its own."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images
 
 
 def test_ready_recipes_take_the_steps_that_their_names_promise() -> None:

@@ -115,6 +115,16 @@ def test_inputs_that_are_constant_keep_their_weight(value, ridge):
     assert_close(applied(found, rows)[:, 0], targets.mean(1), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("value", [1.0, 1e3, 1e6])
+def test_a_large_constant_input_does_not_hide_small_ones(value):
+    truth, rows = random_affine(1, 6, 3), 1e-3 * random(1, 50, 6)
+    rows[..., 2] = value
+    start = Affine(truth.weight.clone(), truth.bias)
+    start.weight[:, 3:] = 0.0
+    found = regress(moments_of(rows, applied(truth, rows)), start, ridge=1e-9)
+    assert_close(found.weight, truth.weight, rtol=1e-3, atol=1e-3)
+
+
 @PROPERTY
 @given(seed=SEEDS, sizes=SIZES, ridge=st.sampled_from(RIDGES))
 def test_scaled_inputs_get_weights_scaled_the_other_way(seed, sizes, ridge):

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from torchcap import processes
-from torchcap.batches import Batches, Source, as_source
+from torchcap.batches import Batch, Batches, Source, as_source
 from torchcap.errors import ModelError, NothingToCompressError, PlanError, RecipeError
 from torchcap.graph.analyze import Reader, analyze
 from torchcap.graph.rules import Target
 from torchcap.graph.spaces import SpaceGraph
-from torchcap.graph.trace import ExampleInputs
+from torchcap.graph.trace import ExampleInputs, shadow
 from torchcap.graph.values import Rule
 from torchcap.plan.plan import Plan
 from torchcap.projection.initialize import GreedySelection, Initializer, LargestNorm
+from torchcap.training.fit import cross_entropy
 from torchcap.training.progress import OnProgress, Watch
 from torchcap.training.projections import train_round
 from torchcap.training.recipe import ClosedForm, Projections, Recipe
@@ -167,7 +168,8 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
     source = None
     if data is not None:
         source = as_source(data, model, seed)
-        example_inputs = source.first().inputs if example_inputs is None else example_inputs
+        first = _checked_batch(model, recipe, source)
+        example_inputs = first.inputs if example_inputs is None else example_inputs
     elif recipe.needs_data:
         raise RecipeError(
             f"recipe {recipe.name!r} learns from images; give data=, or start from the weights "
@@ -226,8 +228,6 @@ class _Run(Generic[M]):
         ):
             if schedule is not None:
                 self._improve(small, name, partial(train_kernels, schedule=schedule))
-        for ours, theirs in zip(small.modules(), self.model.modules(), strict=False):
-            ours.training = theirs.training
         return small
 
     def _watch(self, name: str) -> Watch:
@@ -311,6 +311,17 @@ class _Run(Generic[M]):
         watch = self._watch(name)
         step(small, self.model, self.source, reader=self.reader, watch=watch)
         self.file.finish_phase(small=small.state_dict())
+
+
+@torch.no_grad()
+def _checked_batch(model: nn.Module, recipe: Recipe, source: Source) -> Batch:
+    """Return the first batch, if the model and the recipe can use it: before any work is done."""
+    first = source.first()
+    output = first.run(shadow(model).eval())
+    steps = (recipe.projections, recipe.relaxation, recipe.fine_tuning)
+    if any(step is not None and step.labels > 0 for step in steps):
+        cross_entropy(output, first)
+    return first
 
 
 def _fingerprint(model: nn.Module) -> str:

@@ -8,6 +8,7 @@ about the data is the second moment of these rows, ``H = E[x xᵀ]``, which has 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Final, TypeGuard
 
 import torch
@@ -157,11 +158,12 @@ class JointMoments:
     ) -> None:
         self.groups, self.inputs, self.outputs = groups, inputs, outputs
         self._count = 0
-        width = inputs + outputs
-        self._total = torch.zeros(groups, width, dtype=torch.float64, device=device)
-        # Holds the upper triangle of the rows' own products, and all products with the targets.
-        self._products = torch.zeros(groups, inputs, width, dtype=torch.float64, device=device)
-        self._squares = torch.zeros(groups, outputs, dtype=torch.float64, device=device)
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        self._total = zeros(groups, inputs + outputs)
+        self._products = zeros(groups, inputs, inputs)  # the upper triangle alone
+        self._cross = zeros(groups, inputs, outputs)
+        self._squares = zeros(groups, outputs)
+        self._moment: Tensor | None = None
 
     @staticmethod
     def size(groups: int, inputs: int, outputs: int) -> int:
@@ -185,10 +187,24 @@ class JointMoments:
             for start in range(0, self.inputs, _COLUMNS_AT_ONCE):
                 stop = min(start + _COLUMNS_AT_ONCE, self.inputs)
                 block = chunk[..., start:stop].mT
-                self._products[:, start:stop, start:].baddbmm_(block, chunk[..., start:])
+                own = chunk[..., start : self.inputs]
+                self._products[:, start:stop, start:].baddbmm_(block, own)
+                self._cross[:, start:stop].baddbmm_(block, chunk[..., self.inputs :])
             self._squares += chunk[..., self.inputs :].square().sum(1)
         self._total += total
         self._count += joint.shape[1]
+
+    def thinned(self, outputs: int) -> JointMoments:
+        """Return the moments of at most so many targets of each group, spread over all of them."""
+        step = -(-self.outputs // outputs)
+        thin = JointMoments(self.groups, self.inputs, 0, device=self._total.device)
+        thin._moment = self.input_moment
+        thin._cross = self._cross[..., ::step]
+        thin._squares = self._squares[:, ::step]
+        mine, targets = torch.split(self._total, [self.inputs, self.outputs], dim=-1)
+        thin._total = torch.cat([mine, targets[:, ::step]], -1)
+        thin._count, thin.outputs = self._count, thin._cross.shape[-1]
+        return thin
 
     def merge(self, other: JointMoments) -> None:
         """Add the rows that another accumulator of the same sizes has seen."""
@@ -203,8 +219,8 @@ class JointMoments:
             processes.sum_(tensor)
         self._count = round(count.item())
 
-    def _sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self._total, self._products, self._squares
+    def _sums(self) -> tuple[Tensor, ...]:
+        return self._total, self._products, self._cross, self._squares
 
     @property
     def count(self) -> int:
@@ -224,13 +240,20 @@ class JointMoments:
     @property
     def input_moment(self) -> Tensor:
         """``E[x xᵀ]``, shape ``(groups, inputs, inputs)``."""
-        upper = self._products[..., : self.inputs].triu()
-        return (upper + upper.triu(1).mT) / self._count
+        if self._moment is not None:
+            return self._moment
+        moment = self._products / self._count
+        for start in range(0, self.inputs, _COLUMNS_AT_ONCE):  # in place: these are large
+            stop = start + _COLUMNS_AT_ONCE
+            corner = moment[:, start:stop, start:stop].triu()
+            moment[:, start:stop, start:stop] = corner + corner.triu(1).mT
+            moment[:, stop:, start:stop] = moment[:, start:stop, stop:].mT
+        return moment
 
     @property
     def cross_moment(self) -> Tensor:
         """``E[x tᵀ]``, shape ``(groups, inputs, outputs)``."""
-        return self._products[..., self.inputs :] / self._count
+        return self._cross / self._count
 
     @property
     def output_square(self) -> Tensor:

@@ -128,11 +128,16 @@ def _losses(model: nn.Module, batch: Batch, training: Training) -> tuple[Tensor,
         term = distillation_loss(model, output, temperature=training.temperature)
         terms.append(training.distillation * term)
     if training.labels > 0:
-        terms.append(training.labels * _cross_entropy(output, batch))
+        terms.append(training.labels * cross_entropy(output, batch))
     return torch.stack([term.double() for term in terms]).sum(), reconstruction
 
 
-def _cross_entropy(output: Any, batch: Batch) -> Tensor:
+def cross_entropy(output: Any, batch: Batch) -> Tensor:
+    """Return the cross entropy of logits with the labels of a batch.
+
+    Raises:
+        DataError: if labels are missing or out of range, or the output is no tensor of logits.
+    """
     if batch.labels is None:
         raise DataError(
             f"the recipe gives labels a weight, and batch {batch.number} of the data has none; "

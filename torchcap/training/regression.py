@@ -20,6 +20,9 @@ from torchcap.projection.moments import JointMoments
 RIDGES: Final = (1e-6, 1e-4, 1e-2, 1.0)
 """Ridges that are tried, as shares of the mean of ``H``'s diagonal."""
 
+OUTPUTS_TRIED: Final = 64
+"""Targets of a group that ridges are tried for; all of a wide layer's would take long."""
+
 ROUNDING: Final = 1e-12
 """What rounding may leave of a constant input when it is centred, as a share of its square."""
 
@@ -35,6 +38,11 @@ class Affine:
 
     weight: Tensor
     bias: Tensor
+
+    def thinned(self, outputs: int) -> Affine:
+        """Return the map to at most so many outputs; see :meth:`JointMoments.thinned`."""
+        step = -(-self.weight.shape[2] // outputs)
+        return Affine(self.weight[..., ::step], self.bias[:, ::step])
 
     def error(self, moments: JointMoments) -> float:
         """Return the mean square of what is left of the targets, as a share of theirs."""
@@ -93,15 +101,16 @@ def spread(
     Inputs that are not present are zero in the one, and stand apart from the others in both.
     """
     square, x = moments.input_moment, moments.input_mean
-    H = square - x.unsqueeze(2) * x.unsqueeze(1) if intercept else square
+    H = torch.baddbmm(square, x.unsqueeze(2), x.unsqueeze(1), alpha=-1) if intercept else square
     used = torch.ones_like(x) if present is None else present.to(x)
-    H = H * used.unsqueeze(1) * used.unsqueeze(2)
-    count = used.sum(1).clamp_min(1)
-    mean, rounding = (
-        (M.diagonal(dim1=1, dim2=2) * used).sum(1) / count for M in (H, ROUNDING * square)
-    )
+    if present is not None:
+        H = (H * used.unsqueeze(1)).mul_(used.unsqueeze(2))
+    mean = H.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) / used.sum(1, keepdim=True).clamp_min(1)
+    rounding = ROUNDING * square.diagonal(dim1=1, dim2=2)
     added = torch.maximum(ridge * mean, rounding).clamp_min(torch.finfo(torch.float32).tiny)
-    return H, H + torch.diag_embed(added.unsqueeze(1) * used + (1 - used))
+    regular = H.clone()
+    regular.diagonal(dim1=1, dim2=2).add_(added * used + (1 - used))
+    return H, regular
 
 
 def choose_ridge(
@@ -119,10 +128,12 @@ def choose_ridge(
     """
     if any(part.count == 0 for part in parts):
         return RIDGES[1]
+    parts = [part.thinned(OUTPUTS_TRIED) for part in parts]
+    start = start.thinned(OUTPUTS_TRIED)
     errors: dict[float | None, float] = {None: sum(start.error(part) for part in parts)}
     for ridge in RIDGES:
         errors[ridge] = sum(
             solution(fitted, start, ridge=ridge).error(other)
-            for fitted, other in (parts, tuple(reversed(parts)))
+            for fitted, other in (parts, parts[::-1])
         )
     return min(errors, key=errors.__getitem__)

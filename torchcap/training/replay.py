@@ -126,7 +126,7 @@ class Replay:
         first = source.first()
         walkers = []
         for model in (teacher, student):
-            expected = _evaluated(model, first)
+            expected = evaluated(model, first)
             reading = reader.trace(model, first.inputs)
             _check_replay(model, reading, first, expected)
             walkers.append(_Walker(model, reading.module))
@@ -278,8 +278,12 @@ class Replay:
 
 
 @torch.no_grad()
-def _evaluated(model: nn.Module, batch: Batch) -> list[Tensor]:
-    """Return what a model puts out in evaluation mode."""
+def evaluated(model: nn.Module, batch: Batch) -> list[Tensor]:
+    """Return what a model puts out in evaluation mode.
+
+    Raises:
+        DataError: if it does not accept the batch.
+    """
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()

@@ -39,7 +39,7 @@ from torchcap.projection.moments import JointMoments, input_patches, output_rows
 from torchcap.training.progress import OnProgress, Progress, Watch
 from torchcap.training.recipe import ClosedForm
 from torchcap.training.regression import Affine, choose_ridge, regress, spread
-from torchcap.training.replay import Replay, Station
+from torchcap.training.replay import Replay, Station, evaluated
 from torchcap.transform.fold import fold_
 from torchcap.transform.materialize import erase_identities_
 from torchcap.transform.start import bases_for
@@ -152,10 +152,12 @@ def solve_layers(
 ) -> Solution:
     """Solve every layer behind the first cut, in place; see :func:`solve`."""
     source = source.limited(schedule.batches)
-    inputs = source.first().inputs
+    first = source.first()
+    for model in (small, teacher):
+        evaluated(model, first)  # raises with the number of the batch
     folded = copy.deepcopy(teacher)
     for model in (small, folded):
-        folds = reader(model, inputs).folds
+        folds = reader(model, first.inputs).folds
         fold_(model, folds)
         erase_identities_(model, [fold.norm for fold in folds if fold.norm is not None])
     replay = Replay(folded, small, source, memory=schedule.memory // 2, reader=reader)
@@ -289,41 +291,64 @@ class _Sweep:
     def _solve(self, station: Station) -> Solved:
         layer = _plain_layer(self.student, station.name)
         assert layer is not None  # noqa: S101 - stations are made of plain layers
-        groups, inputs, outputs = _sizes(layer)
+        groups, _, outputs = _sizes(layer)
+        columns = self._columns(station.name, layer)
+        inputs = len(columns) // groups
         # Two halves and one solution, and what leads to the coordinates of the targets.
         bytes_needed = 3 * JointMoments.size(groups, inputs, outputs)
         bytes_needed += self._coordinates_size(station, layer)
         if bytes_needed > self.memory:
             return self._mix(station, layer)
-        parts = self._moments(station, layer, (groups, inputs, outputs))
+        parts = self._moments(station, layer, columns)
         self.peak = max(self.peak, bytes_needed + self.replay.peak)
         whole = _merged(parts)
-        start = _affine(layer)
-        mask = self._choose(station.name, whole, start)
-        present = None if mask is None else _repeated(mask, groups, inputs)
+        start = _affine(layer, columns)
+        self._choose(station.name, whole, start)
+        mask = self._mask(station.name, layer)
+        present = None if mask is None else mask.flatten()[columns].reshape(groups, inputs)
         if present is not None:
             start = Affine(start.weight * present.to(start.weight).unsqueeze(2), start.bias)
         before = start.error(whole)
         solution = partial(regress, intercept=layer.bias is not None, present=present)
         ridge = self.ridge if self.ridge is not None else choose_ridge(parts, start, solution)
         if ridge is None:
-            _write(layer, start)
+            _write(layer, start, columns)
             return Solved(station.name, "kept", None, before, start.error(whole))
         found = solution(whole, start, ridge=ridge)
-        _write(layer, found)
+        _write(layer, found, columns)
         return Solved(station.name, "kernel", ridge, before, found.error(whole))
 
+    def _columns(self, name: str, layer: _Layer) -> Tensor:
+        """Return which entries of a patch, over all groups, moments are gathered of.
+
+        Channels that are gone already need none. Groups may keep different ones, so they keep all.
+        """
+        groups, inputs, _ = _sizes(layer)
+        mask = self._mask(name, layer)
+        undecided = any(choice.layer == name for choice in self.choosable.values())
+        if mask is None or groups > 1 or undecided:
+            return torch.arange(groups * inputs, device=layer.weight.device)
+        return mask.flatten().nonzero().flatten()
+
+    def _mask(self, name: str, layer: _Layer) -> Tensor | None:
+        """Return which entries of patches a layer may read, ``(groups, inputs)``; None for all."""
+        groups, inputs, _ = _sizes(layer)
+        channels = self.present.get(name)
+        return None if channels is None else _repeated(channels, groups, inputs)
+
     def _moments(
-        self, station: Station, layer: _Layer, sizes: tuple[int, int, int]
+        self, station: Station, layer: _Layer, columns: Tensor
     ) -> tuple[JointMoments, JointMoments]:
-        """Gather the moments of two halves of the images."""
-        groups, inputs, outputs = sizes
+        """Gather the moments of two halves of the images, for some columns of the patches."""
+        groups, _, outputs = _sizes(layer)
+        inputs = len(columns) // groups
         device = layer.weight.device
         halves = tuple(JointMoments(groups, inputs, outputs, device=device) for _ in range(2))
         coordinates = self._coordinates(station, layer)
         for number, (x, target) in enumerate(self.replay.visit(station)):
             rows = self._rows(layer, x, target, station, number)
             patches, targets = rows
+            patches = patches if groups > 1 else patches[..., columns]
             targets = targets if coordinates is None else coordinates(targets)
             targets = targets.reshape(len(targets), groups, outputs).transpose(0, 1)
             middle = max(1, patches.shape[1] // 2)
@@ -481,8 +506,8 @@ class _Sweep:
             rows = weight.reshape(port.groups, -1, *weight.shape[1:])
             rows.mul_(by_group.reshape(*by_group.shape, *(1 for _ in weight.shape[2:])))
 
-    def _choose(self, name: str, moments: JointMoments, start: Affine) -> Tensor | None:
-        """Choose the channels of the spaces that a layer reads; return what it may read."""
+    def _choose(self, name: str, moments: JointMoments, start: Affine) -> None:
+        """Choose the channels of the spaces that a layer reads, and that are not decided yet."""
         choices = [choice for choice in self.choosable.values() if choice.layer == name]
         if choices:
             layer = _plain_layer(self.student, name)
@@ -508,7 +533,6 @@ class _Sweep:
                 mine = stays[choice.offset : choice.offset + choice.space.channels]
                 basis = selection_matrix(mine.nonzero().flatten()[None], choice.space.channels)
                 self.restrict(choice.space, basis.to(inverse.device))
-        return self.present.get(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -541,16 +565,22 @@ def _sizes(layer: _Layer) -> tuple[int, int, int]:
     return groups, layer.weight[0].numel(), layer.weight.shape[0] // groups
 
 
-def _affine(layer: _Layer) -> Affine:
+def _affine(layer: _Layer, columns: Tensor) -> Affine:
+    """Return what a layer does to some columns of its patches."""
     groups, inputs, outputs = _sizes(layer)
     weight = layer.weight.detach().double().reshape(groups, outputs, inputs).mT
+    weight = weight if groups > 1 else weight[:, columns]
     if layer.bias is None:
         return Affine(weight, weight.new_zeros(groups, outputs))
     return Affine(weight, layer.bias.detach().double().reshape(groups, outputs))
 
 
-def _write(layer: _Layer, affine: Affine) -> None:
-    layer.weight.copy_(affine.weight.mT.reshape(layer.weight.shape))
+def _write(layer: _Layer, affine: Affine, columns: Tensor) -> None:
+    """Let a layer do that to these columns, and nothing to the others."""
+    groups, inputs, outputs = _sizes(layer)
+    weight = affine.weight.new_zeros(groups, inputs, outputs)
+    weight.reshape(groups * inputs, outputs)[columns] = affine.weight.flatten(0, 1)
+    layer.weight.copy_(weight.mT.reshape(layer.weight.shape))
     if layer.bias is not None:
         layer.bias.copy_(affine.bias.flatten())
 
