@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from torchcap.batches import Batch, Source, as_batch, as_source, mixed_seed, seeded
-from torchcap.errors import DataError, TorchcapError
+from torchcap.errors import DataError, TraceError
 
 CPU = torch.device("cpu")
 
@@ -122,7 +122,7 @@ class Failing(nn.Module):
         raise self.error
 
 
-@pytest.mark.parametrize("error", [TorchcapError("own"), KeyError("bug"), ZeroDivisionError()])
+@pytest.mark.parametrize("error", [TraceError("own"), KeyError("bug"), ZeroDivisionError()])
 def test_errors_that_no_batch_causes_stay_what_they_are(error: Exception) -> None:
     with pytest.raises(type(error)) as caught:
         as_batch(images()).run(Failing(error))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -111,7 +112,8 @@ def done(net: str, recipe: str) -> Done:
 
     def state() -> tuple[Any, Any, Any]:
         numbers = {name: value.tolist() for name, value in values(model).items()}
-        return fingerprint(model), numbers, torch.get_rng_state().tolist()
+        draws = torch.get_rng_state().tolist(), random.getstate()
+        return fingerprint(model), numbers, draws
 
     before = state()
     small = torchcap.compress(model, data(), recipe=RECIPES[recipe], on_progress=progress.append)
@@ -243,12 +245,18 @@ def test_modules_have_the_modes_of_the_models(*, traced: bool) -> None:
     }
 
 
-def test_flags_of_parameters_are_kept_and_frozen_ones_do_not_learn() -> None:
+def test_frozen_parameters_stay_frozen_and_are_not_trained() -> None:
     model = made()
     model.fc.requires_grad_(requires_grad=False)
-    small = torchcap.compress(model, data(), recipe=RECIPES["full"].but(solve=None))
-    assert not small.fc.weight.requires_grad
-    assert small.conv.weight.requires_grad
+    recipe = Recipe(start=LargestNorm(), relaxation=Relaxation(epochs=1, batch_norm=True))
+    small = torchcap.compress(model, data(), recipe=recipe)
+    assert {name for name, p in small.named_parameters() if not p.requires_grad} == {
+        "fc.weight",
+        "fc.bias",
+    }
+    torch.testing.assert_close(small.fc.weight, model.fc.weight, rtol=0, atol=0)
+    untrained = torchcap.compress(model, example_inputs=images())
+    assert not torch.equal(small.conv.weight, untrained.conv.weight)
 
 
 def test_plan_is_kept_to() -> None:
@@ -274,9 +282,8 @@ def test_form_of_the_data_makes_no_difference(form: str) -> None:
 def test_labels_with_a_weight_are_learnt() -> None:
     wanted = 3
     batches = [(x, torch.full((len(x),), wanted)) for x in data()]
-    task = Relaxation(
-        epochs=30, optimizer=Adam(1e-2), reconstruction=0.0, distillation=0.0, labels=1.0
-    )
+    alone = {"reconstruction": 0.0, "distillation": 0.0, "labels": 1.0}
+    task = Relaxation(epochs=30, optimizer=Adam(1e-2), healing=1, **alone)
     small = torchcap.compress(made(), batches, recipe=Recipe(fine_tuning=task))
     with torch.no_grad():
         assert (small(torch.cat(data())).argmax(1) == wanted).double().mean() > 0.9
@@ -481,6 +488,9 @@ BAD: dict[str, Bad] = {
         r"block1\.conv1.*data",
         lambda: None,
         with_(recipe=Recipe(start=GreedySelection()), example_inputs=images()),
+    ),
+    "state saved every 0 steps": Bad(
+        RecipeError, r"save_every.*at least 1.*got 0\b", how=with_(save_every=0)
     ),
     # models
     "frozen": Bad(

@@ -8,15 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_nets
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from small_nets import PreActivationBlock, Residual, built, images, labels
+from small_nets import PreActivationBlock, Residual, built, images, labels, values
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import torchcap
-from torchcap import GreedySelection, RandomOrthonormal
+from torchcap import (
+    Adam,
+    ClosedForm,
+    FlipAndShift,
+    GreedySelection,
+    Progress,
+    Projections,
+    RandomOrthonormal,
+    Recipe,
+    Relaxation,
+    TrainingError,
+)
 
 WORLD = 2
 LIMIT = timedelta(seconds=120)
@@ -47,7 +59,9 @@ def work(rank: int, directory: str) -> None:
         "gloo", init_method=rendezvous, rank=rank, world_size=WORLD, timeout=LIMIT
     )
     try:
-        torch.save(findings(images(8)[PARTS[rank]]), f"{directory}/{rank}.pt")
+        found = findings(images(8)[PARTS[rank]])
+        found |= compressed(rank, Path(directory) / "state")
+        torch.save(found, f"{directory}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -76,6 +90,73 @@ def findings(mine: Tensor) -> dict[str, Any]:
         found["output"] = small.eval()(images(8))
     found["start"] = [p.detach() for p in proxies(student(init=GreedySelection(), data=[mine]))]
     return found
+
+
+# --------------------------------------------------------------------------------------------------
+# What ``compress`` and its steps do in each process
+
+STEPS = {"epochs": 1, "optimizer": Adam(1e-2), "augment": (FlipAndShift(),)}
+RECIPE = Recipe(
+    projections=Projections(**STEPS | {"optimizer": Adam(1e-2, relative=False)}),
+    solve=ClosedForm(),
+    relaxation=Relaxation(**STEPS),
+    fine_tuning=Relaxation(**STEPS, batch_norm=True),
+)
+NETS = {name: small_nets.NETS[name] for name in ("residual", "plain", "dense")}
+
+
+def half(net: str) -> tuple[nn.Module, nn.Module]:
+    """A model, and half of it."""
+    model = built(NETS[net])
+    start = RandomOrthonormal(torch.Generator().manual_seed(0))
+    return model, torchcap.materialize(torchcap.prepare(model, example_inputs=images(), init=start))
+
+
+def solved(net: str, batches: list[Tensor]) -> nn.Module:
+    model, small = half(net)
+    torchcap.solve(small, model, batches, ridge=1e-4)
+    return small
+
+
+def uneven(rank: int) -> list[Tensor]:
+    """Two batches for the first process, three for the second; the first of all is one image."""
+    sizes = (1, 3) if rank == 0 else (5, 2, 4)
+    return [images(size, seed=10 * rank + number) for number, size in enumerate(sizes)]
+
+
+def compressed(rank: int, path: Path) -> dict[str, Any]:
+    mine = images(8)[PARTS[rank]]
+    found: dict[str, Any] = {
+        "solved": {net: values(solved(net, [mine])) for net in NETS},
+        "compressed": {
+            net: values(torchcap.compress(built(NETS[net]), uneven(rank), recipe=RECIPE))
+            for net in NETS
+        },
+        "resumed": resumed(rank, path),
+    }
+    model, small = half("residual")
+    bad = [images(3), images(3) * (1e200 if rank == 1 else 1.0)]
+    try:
+        torchcap.relax(small, model, bad, epochs=1)
+    except TrainingError as error:
+        found["overflow"] = str(error)
+    found["after overflow"] = values(small)
+    return found
+
+
+def resumed(rank: int, path: Path) -> dict[str, Tensor]:
+    """Interrupt a run in its relaxation, in both processes, and go on."""
+
+    def interrupt(progress: Progress) -> None:
+        if (progress.name, progress.step) == ("relaxation", 2):
+            raise KeyboardInterrupt
+
+    how = {"recipe": RECIPE, "state": path, "save_every": 1}
+    try:
+        torchcap.compress(built(NETS["dense"]), uneven(rank), **how, on_progress=interrupt)
+    except KeyboardInterrupt:
+        return values(torchcap.compress(built(NETS["dense"]), uneven(rank), **how))
+    raise AssertionError("the run was not interrupted")
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +220,38 @@ def test_start_from_data_is_that_of_all_processes_data(ranks: list[dict[str, Any
     for found in ranks:
         for ours, theirs in zip(found["start"], proxies(alone), strict=True):
             torch.testing.assert_close(ours, theirs.detach(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_solution_is_that_of_one_process_on_all_data(ranks: list[dict[str, Any]], net: str) -> None:
+    before = values(half(net)[1])
+    expected = values(solved(net, [images(8)]))
+    assert any(not torch.equal(value, before[name]) for name, value in expected.items())
+    for found in ranks:
+        for name, value in found["solved"][net].items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_processes_with_uneven_data_compress_to_the_same_model(
+    ranks: list[dict[str, Any]], net: str
+) -> None:
+    ours, theirs = (found["compressed"][net] for found in ranks)
+    alone = values(torchcap.compress(built(NETS[net]), uneven(0), recipe=RECIPE))
+    assert any(not torch.equal(value, alone[name]) for name, value in ours.items())
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=0, atol=0)
+
+
+def test_interrupted_processes_go_on_together(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        for name, value in found["resumed"].items():
+            torch.testing.assert_close(value, found["compressed"]["dense"][name], rtol=0, atol=0)
+
+
+def test_processes_stop_together_where_one_of_them_diverges(ranks: list[dict[str, Any]]) -> None:
+    assert "step 2 of 2 of the relaxation is not finite, in another process" in ranks[0]["overflow"]
+    assert "step 2 of 2 of the relaxation is not finite, first at" in ranks[1]["overflow"]
+    for name, value in ranks[0]["after overflow"].items():
+        torch.testing.assert_close(value, ranks[1]["after overflow"][name], rtol=0, atol=0)
+        assert value.isfinite().all()

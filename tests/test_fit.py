@@ -82,7 +82,7 @@ class Way:
     def __call__(
         self, subject: nn.Module, model: nn.Module, batches: Any = None, **how: Any
     ) -> None:
-        how = {"epochs": 2, "optimizer": STEPS, **how}
+        how = {"epochs": 2, "optimizer": STEPS, "healing": 1, **how}
         teacher = () if self.name == "projections" else (model,)
         self.call(subject, *teacher, data() if batches is None else batches, **how)
 
@@ -143,8 +143,7 @@ def test_output_comes_nearer_to_the_teachers() -> None:
     model, small = RELAX.made()
     x = torch.cat([images(seed=1), images(seed=2)])
     before = F.mse_loss(small(x), model(x))
-    with torch.enable_grad():
-        RELAX(small, model, epochs=20)
+    RELAX(small, model, epochs=20)
     assert F.mse_loss(small(x), model(x)) < 0.5 * before
 
 
@@ -319,6 +318,32 @@ def test_result_follows_from_the_seed_alone(way: Way) -> None:
     assert any(not torch.equal(results[0][name], results[2][name]) for name in results[0])
 
 
+def test_every_step_draws_anew() -> None:
+    drawn: list[list[float]] = []
+
+    def noting(x: Tensor) -> Tensor:
+        drawn[-1].append(float(torch.rand(())))
+        return x
+
+    for seed in (0, 0, 1):
+        drawn.append([])
+        RELAX(*reversed(RELAX.made()), epochs=3, augment=(noting,), seed=seed)
+    assert drawn[0] == drawn[1]
+    assert len({*drawn[0], *drawn[2]}) == 12
+
+
+@EVERY_LOOP
+def test_gradients_are_taken_wherever_the_call_stands(way: Way) -> None:
+    results = []
+    for enabled in (True, False):
+        model, subject = way.made()
+        with torch.set_grad_enabled(enabled):
+            way(subject, model)
+            assert torch.is_grad_enabled() == enabled
+        results.append(values(subject))
+    assert_same(*results)
+
+
 @pytest.mark.parametrize("name", ["relaxation", "projections"])
 def test_clip_bounds_the_step(name: str) -> None:
     way, lengths = WAYS[name], []
@@ -332,16 +357,26 @@ def test_clip_bounds_the_step(name: str) -> None:
     assert lengths[1] == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_step_size_rises_and_then_falls_to_zero() -> None:
+class Noting(torch.optim.SGD):
+    """Plain gradient descent that notes its step sizes."""
+
+    def __init__(self, parameters: Any, lr: float, rates: list[float]) -> None:
+        super().__init__(parameters, lr)
+        self.rates = rates
+
+    def step(self, closure: Any = None) -> None:
+        self.rates.append(self.param_groups[0]["lr"])
+        super().step(closure)
+
+
+def step_sizes(**how: Any) -> list[float]:
     rates: list[float] = []
+    RELAX(*reversed(RELAX.made()), optimizer=lambda p: Noting(p, 1e-3, rates), **how)
+    return rates
 
-    class Noting(torch.optim.SGD):
-        def step(self, closure: Any = None) -> None:
-            rates.append(self.param_groups[0]["lr"])
-            super().step(closure)
 
-    model, small = RELAX.made()
-    RELAX(small, model, epochs=10, warmup=0.25, optimizer=lambda p: Noting(p, 1e-3))
+def test_step_size_rises_and_then_falls_to_zero() -> None:
+    rates = step_sizes(epochs=10, warmup=0.25)
     top = rates.index(max(rates))
     assert len(rates) == 20
     assert top == 4
@@ -349,6 +384,12 @@ def test_step_size_rises_and_then_falls_to_zero() -> None:
     assert rates[top:] == sorted(rates[top:], reverse=True)
     assert 0 < rates[0] < 0.3e-3
     assert rates[-1] < 0.02e-3
+
+
+@pytest.mark.parametrize(("healing", "share"), [(1, 1.0), (4, 1.0), (40, 0.1)])
+def test_short_trainings_take_smaller_steps_in_proportion(healing: int, share: float) -> None:
+    rates, expected = step_sizes(healing=healing), step_sizes(healing=1)
+    assert rates == pytest.approx([share * rate for rate in expected])
 
 
 @pytest.mark.parametrize("recentre", [False, True])
@@ -710,7 +751,7 @@ def test_model_without_a_place_to_compare_learns_from_the_logits_alone() -> None
 
 def test_rounds_that_leave_spaces_at_full_width_are_refused() -> None:
     model, student = WAYS["projections"].made("plain")
-    with pytest.raises(RecipeError, match=r"round 0 .*2 spaces at full width.*compress"):
+    with pytest.raises(RecipeError, match=r"round 0 of layer_by_layer leaves 2 spaces.*compress"):
         WAYS["projections"](student, model, rounds=layer_by_layer)
 
 

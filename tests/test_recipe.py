@@ -57,6 +57,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "negative clip": ({"clip": -1.0}, r"clip.*got -1\.0"),
     "warmup above 1": ({"warmup": 1.5}, r"warmup.*0 to 1.*got 1\.5"),
     "negative warmup": ({"warmup": -0.1}, r"warmup.*got -0\.1"),
+    "healing 0": ({"healing": 0}, r"healing.*at least 1.*got 0\b"),
     "labels of mixed images": ({"labels": 0.5, "augment": (Mix(),)}, r"labels=0\.5.*Mix\(\)"),
 }
 REFUSED_CLOSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -81,6 +81,19 @@ class WritesOver(nn.Module):
         return self.fc(skip.mean((2, 3)))
 
 
+class GlobalContext(nn.Module):
+    """What is added to every position is computed once for the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.context = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 1)
+        self.last = nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        return self.last(F.relu(x + self.context(x.mean((2, 3), keepdim=True))))
+
+
 class CalledTwice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -97,6 +110,7 @@ SMALL: dict[str, Callable[[], nn.Module]] = {
     "downsampling": Downsampling,
     "padded shortcut": PaddedShortcut,
     "writes over": WritesOver,
+    "global context": GlobalContext,
     "called twice": CalledTwice,
 }
 LIBRARIES: dict[str, Callable[[], nn.Module]] = {

@@ -52,6 +52,7 @@ def fit(
             parameter.grad = None
 
 
+@torch.enable_grad()  # whatever the caller is in
 def _take_steps(
     model: nn.Module,
     parameters: Sequence[nn.Parameter],
@@ -164,9 +165,11 @@ def cross_entropy(output: Any, batch: Batch) -> Tensor:
 
 def _step_sizes(training: Training, total: int) -> Callable[[int], float]:
     rising = max(1, round(training.warmup * total))
+    largest = min(1.0, total / training.healing)
 
     def factor(step: int) -> float:
-        return min(1.0, (step + 1) / rising) * 0.5 * (1 + math.cos(math.pi * step / total))
+        fall = 0.5 * (1 + math.cos(math.pi * step / total))
+        return largest * min(1.0, (step + 1) / rising) * fall
 
     return factor
 

@@ -32,7 +32,15 @@ class _FreshNorm:
     """The hook that sends a layer's output through its fresh norm."""
 
     def __call__(self, layer: nn.Module, _: Any, output: Tensor) -> Tensor:
-        return getattr(layer, _NAME)(output)
+        norm: nn.Module = getattr(layer, _NAME)
+        values = output.numel() // output.shape[1]
+        if values > 1 or not norm.training:
+            return norm(output)
+        norm.eval()  # one value has no variance
+        try:
+            return norm(output)
+        finally:
+            norm.train()
 
 
 @torch.no_grad()

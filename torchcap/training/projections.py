@@ -54,7 +54,7 @@ def train_projections(
     for number, turn in enumerate(rounds):
         if set(turn.present) != set(state.projections):
             raise RecipeError(
-                f"round {number} of {schedule.rounds} leaves "
+                f"round {number} of {getattr(schedule.rounds, '__name__', schedule.rounds)} leaves "
                 f"{len(state.projections) - len(turn.present)} spaces at full width, and all of "
                 "this model are projected already; use torchcap.compress(), which prepares anew "
                 "for every round"

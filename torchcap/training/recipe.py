@@ -142,6 +142,7 @@ class Training:
             mixed (:class:`Mix`) need ``labels=0``.
         clip: largest norm of the gradient; None for no limit.
         warmup: share of the steps over which the step size rises.
+        healing: a training of fewer steps than this has its step size reduced in proportion.
 
     Raises:
         RecipeError: if a value is out of its range.
@@ -156,6 +157,7 @@ class Training:
     augment: tuple[Augment, ...] = ()
     clip: float | None = None
     warmup: float = 0.05
+    healing: int = 1
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -180,6 +182,8 @@ class Training:
                 f"labels={self.labels} and Mix() do not go together: a mixed image has no one "
                 "label. Leave Mix() out of augment, or set labels=0"
             )
+        if self.healing < 1:
+            raise RecipeError(f"healing is a number of steps, at least 1; got {self.healing!r}")
         if not 0 <= self.warmup <= 1:
             raise RecipeError(f"warmup is a share of the steps, 0 to 1; got {self.warmup!r}")
 
@@ -209,10 +213,13 @@ class Relaxation(Training):
 
     Attributes:
         batch_norm: give every folded layer a fresh norm of its small width while it trains, with
-            statistics of the data, and fold it at the end.
+            statistics of the data, and fold it at the end; so steps may be larger.
+        healing: a training of fewer steps than this has its step size reduced in proportion. Large
+            steps first disturb what the closed form has put in place, and take long to heal.
     """
 
-    batch_norm: bool = False
+    batch_norm: bool = True
+    healing: int = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from torchcap import processes
-from torchcap.errors import StateError
+from torchcap.errors import RecipeError, StateError
 
 _FORMAT, _VERSION = "torchcap-state", 1
 _KEYS = {"identity", "phase", "parts", "inner"}
@@ -28,9 +28,14 @@ class StateFile:
         path: of the file; None keeps nothing.
         identity: what the run is, as plain data; a state of another run is refused.
         every: a training is saved after this many steps.
+
+    Raises:
+        RecipeError: if ``every`` is not positive.
     """
 
     def __init__(self, path: Path | str | None, identity: Mapping[str, Any], every: int) -> None:
+        if every < 1:
+            raise RecipeError(f"save_every is a number of steps, at least 1; got {every!r}")
         self.path = None if path is None else Path(path)
         self.identity, self.every = dict(identity), every
         self.phase = 0

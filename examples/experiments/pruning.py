@@ -1,6 +1,6 @@
 """Half the channels inside every block of a CIFAR ResNet: torchcap beside Torch-Pruning.
 
-    python examples/experiments/torch_pruning.py --data DIR --weights FILE --depth 20
+    python examples/experiments/pruning.py --data DIR --weights FILE --depth 20
 
 Torch-Pruning removes the least important channels of the first convolution of every block, and by
 its dependency graph the BatchNorm and the inputs that go with them. (Its own choice of layers takes
@@ -20,15 +20,14 @@ from __future__ import annotations
 import copy
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-sys.path.append(sys.path.pop(0))  # last, or this file would pass for the package of its name
 import torch_pruning as tp
+from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).parents[1]))  # the examples are scripts, not a package
 from protocol import (
@@ -54,7 +53,7 @@ from cifar_models import BasicBlock, CifarResNet, load_cifar_resnet
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 IMPORTANCES = {
     "l1": tp.importance.MagnitudeImportance(p=1),
@@ -67,6 +66,10 @@ IMPORTANCES = {
 ROWS = [name for name in IMPORTANCES if name != "lamp"]
 TAYLOR_BATCH, TAYLOR_BATCHES = 64, 16
 CALIBRATION = 8  # batches that the closed form looks at
+AUGMENT = {  # for all networks of the table; a mixed image has no label
+    "no": (torchcap.FlipAndShift(), torchcap.Mix()),
+    "yes": (torchcap.FlipAndShift(),),
+}
 LOSSES = {"no": ClassLoss(), "yes": ClassLoss(labels=1.0)}
 OPTIMIZERS = {"sgd": sgd, "adam": adam}
 TRIALS = (("sgd", 0.01), ("sgd", 0.03), ("sgd", 0.1), ("adam", 1e-3), ("adam", 3e-3))
@@ -149,7 +152,6 @@ def torchcap_rows(
     for labels, loss in LOSSES.items():
         small = copy.deepcopy(closed)
         began = time.perf_counter()
-        augment = torchcap.FlipAndShift()
         torchcap.relax(
             small,
             teacher,
@@ -157,7 +159,7 @@ def torchcap_rows(
             epochs=options.epochs,
             temperature=loss.temperature,
             labels=loss.labels,
-            augment=(augment,) if loss.labels else (augment, torchcap.Mix()),
+            augment=AUGMENT[labels],
             seed=options.seed,
             on_progress=Bars(),
         )
@@ -220,9 +222,16 @@ def trained(
             epochs=options.epochs,
             make_optimizer=make_optimizer,
             loss=loss,
+            augment=partial(_changed, changes=AUGMENT[labels]),
         )
         seconds = time.perf_counter() - began
         yield Candidate("trained", labels, network, options.epochs * len(batches), seconds)
+
+
+def _changed(images: Tensor, changes: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+    for change in changes:
+        images = change(images)
+    return images
 
 
 def prune(teacher: nn.Module, name: str, train: Images) -> nn.Module:
@@ -270,8 +279,8 @@ def parse_options() -> argparse.Namespace:
     options.add_argument("--peers-only", action="store_true", help="leave torchcap's rows out")
     options.add_argument("--epochs", type=int, default=10, help="of all networks of the table")
     options.add_argument("--batch", type=int, default=128)
-    options.add_argument("--peer-optimizer", choices=OPTIMIZERS, default="sgd")
-    options.add_argument("--peer-lr", type=float, default=0.03)
+    options.add_argument("--peer-optimizer", choices=OPTIMIZERS, default="adam")
+    options.add_argument("--peer-lr", type=float, default=3e-3)
     options.add_argument(
         "--choose",
         action="store_true",
