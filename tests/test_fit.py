@@ -442,6 +442,17 @@ def test_labels_out_of_range_are_refused_by_name(way: Way, wrong: int) -> None:
         way(subject, model, bad, labels=1.0)
 
 
+@pytest.mark.parametrize(
+    "wrong", [labels()[:, None], labels()[:3], torch.rand(4), F.one_hot(labels(), CLASSES)]
+)
+def test_labels_of_another_shape_are_refused(wrong: Tensor) -> None:
+    model, small = RELAX.made()
+    with pytest.raises(
+        DataError, match=rf"labels of batch 0.*{re.escape(str(tuple(wrong.shape)))}"
+    ):
+        RELAX(small, model, [(images(), wrong)], labels=1.0)
+
+
 LABELS_ALONE = {"reconstruction": 0.0, "distillation": 0.0, "labels": 1.0}
 
 
@@ -607,6 +618,8 @@ BAD_DATA: dict[str, tuple[Callable[[], Any], str]] = {
     "a generator": (lambda: (b for b in data()), r"only\s+once"),
     "strings": (lambda: ["cat.png"], r"got str"),
     "NaN": (lambda: [(images() * torch.nan, labels())], r"batch 0 .*NaN"),
+    "bytes": (lambda: [(images().to(torch.uint8), labels())], r"batch 0 .*torch\.uint8"),
+    "other channels": (lambda: [(images()[:, :2], labels())], r"batch 0 .*\(4, 2"),
     "NaN later on": (lambda: [*data(1), (images() * torch.nan, labels())], r"batch 1 .*NaN"),
     "other channels later on": (
         lambda: [*data(1), (images()[:, :2], labels())],

@@ -394,6 +394,17 @@ def test_full_disk_at_the_first_write_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_folder_without_permission_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path, *_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(StateError, match=r"cannot be written to '.*state' .*Permission denied"):
+        compress(state=tmp_path / "state", recipe=Recipe(start=LargestNorm()))
+
+
 def test_half_a_state_beside_the_state_does_no_harm(interrupted: Path) -> None:
     beside = interrupted.with_name(interrupted.name + ".new")
     beside.write_bytes(b"half of a state")  # a process that was killed while it wrote

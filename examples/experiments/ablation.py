@@ -94,7 +94,7 @@ def recipes(epochs: int) -> dict[str, torchcap.Recipe]:
     relaxation = default.relaxation
     assert relaxation is not None
     closed = torchcap.ClosedForm(batches=CALIBRATION)
-    projections = torchcap.Projections(epochs=some, augment=relaxation.augment)
+    projections = torchcap.Projections(epochs=some, augment=(torchcap.FlipAndShift(),))
     random = torchcap.RandomOrthonormal(torch.Generator().manual_seed(0))
     greedy = torchcap.GreedySelection()
     tuning = relaxation.but(

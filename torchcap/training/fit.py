@@ -137,7 +137,8 @@ def cross_entropy(output: Any, batch: Batch) -> Tensor:
     """Return the cross entropy of logits with the labels of a batch.
 
     Raises:
-        DataError: if labels are missing or out of range, or the output is no tensor of logits.
+        DataError: if labels are missing, out of range or of a wrong shape, or the output is no
+            tensor of logits.
     """
     if batch.labels is None:
         raise DataError(
@@ -160,7 +161,13 @@ def cross_entropy(output: Any, batch: Batch) -> Tensor:
                 f"classes, so labels must be within 0..{classes - 1}"
             )
         labels = labels.long()
-    return F.cross_entropy(output, labels)
+    try:
+        return F.cross_entropy(output, labels)
+    except (RuntimeError, ValueError) as error:
+        raise DataError(
+            f"the labels of batch {batch.number} of the data, {tuple(labels.shape)} {labels.dtype},"
+            f" do not fit logits {tuple(output.shape)}: {error}"
+        ) from error
 
 
 def _step_sizes(training: Training, total: int) -> Callable[[int], float]:

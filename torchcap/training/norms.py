@@ -7,6 +7,7 @@ undoes them. After training it folds into its layer again, and leaves nothing be
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,11 +29,16 @@ _NORMS: dict[int, type[nn.Module]] = {
 }
 
 
+def fresh_norm(layer: nn.Module) -> nn.Module:
+    """Return the fresh norm of a layer."""
+    return layer.get_submodule(_NAME)
+
+
 class _FreshNorm:
     """The hook that sends a layer's output through its fresh norm."""
 
     def __call__(self, layer: nn.Module, _: Any, output: Tensor) -> Tensor:
-        norm: nn.Module = getattr(layer, _NAME)
+        norm = fresh_norm(layer)
         values = output.numel() // output.shape[1]
         if values > 1 or not norm.training:
             return norm(output)
@@ -49,7 +55,8 @@ def insert_fresh_norms_(
 ) -> tuple[nn.Module, ...]:
     """Put a fresh batch norm behind every layer that a norm was folded into, in place.
 
-    The model computes the same as before in evaluation mode. The norms are in training mode. Layers
+    The model computes the same as before. The norms are in evaluation mode: they hold on to the
+    statistics of the data, and train a scale and a shift of every channel. Layers
     whose weight or bias is frozen get none: folding it would change them.
 
     Args:
@@ -75,9 +82,30 @@ def insert_fresh_norms_(
         norm.bias.copy_(mean)
         layer.add_module(_NAME, norm)
         layer.register_forward_hook(_FreshNorm())
-        norm.train()
+        norm.eval()
         done.append(layer)
     return tuple(done)
+
+
+@torch.no_grad()
+def refresh_statistics_(model: nn.Module, layers: Sequence[nn.Module], source: Source) -> None:
+    """Measure the statistics of fresh norms anew, in place, on images as they are.
+
+    While a model trains, its norms see changed and mixed images, and a network that is changing.
+    """
+    norms: list[Any] = [getattr(layer, _NAME) for layer in layers]
+    before = [copy.deepcopy(norm.state_dict()) for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch's word for the plain average over batches
+    with source.passing(0) as batches:
+        for number, batch in enumerate(batches):
+            batch.run(model)
+            if number + 1 >= len(source):
+                break
+    for norm, state in zip(norms, before, strict=True):
+        if not norm.num_batches_tracked:  # one value a batch, which has no variance
+            norm.load_state_dict(state)
 
 
 @torch.no_grad()

@@ -213,12 +213,16 @@ class Relaxation(Training):
 
     Attributes:
         batch_norm: give every folded layer a fresh norm of its small width while it trains, with
-            statistics of the data, and fold it at the end; so steps may be larger.
+            statistics of the data, and fold it at the end. Weights then stand behind a scale of
+            their own, and larger steps do no harm.
+        batch_statistics: let these norms use the statistics of each batch while they train, as in
+            ordinary training, and measure them anew at the end.
         healing: a training of fewer steps than this has its step size reduced in proportion. Large
             steps first disturb what the closed form has put in place, and take long to heal.
     """
 
     batch_norm: bool = True
+    batch_statistics: bool = False
     healing: int = 1000
 
 

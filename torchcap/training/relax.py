@@ -19,10 +19,16 @@ from torchcap.graph.spaces import SpaceGraph, Tap
 from torchcap.graph.values import Rule
 from torchcap.projection.moments import JointMoments
 from torchcap.training.fit import fit
-from torchcap.training.norms import fold_fresh_norms_, insert_fresh_norms_
+from torchcap.training.norms import (
+    fold_fresh_norms_,
+    fresh_norm,
+    insert_fresh_norms_,
+    refresh_statistics_,
+)
 from torchcap.training.progress import OnProgress, Watch
 from torchcap.training.recipe import Relaxation
 from torchcap.training.regression import Affine, regress
+from torchcap.training.replay import evaluated
 from torchcap.training.taps import Lift, TeacherPass
 
 _ROWS_PER_BATCH = 8192
@@ -124,7 +130,9 @@ def train_kernels(
     watch: Watch,
 ) -> None:
     """Train the kernels of a small model, in place; see :func:`relax`."""
-    inputs = source.first().inputs  # data that cannot be used is refused before anything changes
+    first = source.first()
+    evaluated(small, first)  # data that cannot be used is refused before anything changes
+    inputs = first.inputs
     if not any(p.requires_grad for p in small.parameters()):
         raise ModelError(
             f"no parameter of the small {type(small).__name__!r} requires a gradient; call "
@@ -141,8 +149,12 @@ def train_kernels(
         passed = TeacherPass(teacher, ours, lifts, twins=theirs, always=True)
         passed.attach(small)
         try:
+            for layer in fresh if schedule.batch_statistics else ():
+                fresh_norm(layer).train()
             trained = [p for p in small.parameters() if p.requires_grad]
             fit(small, trained, source, schedule, watch)
+            if schedule.batch_statistics:
+                refresh_statistics_(small, fresh, source)
         finally:
             passed.detach()
             fold_fresh_norms_(fresh)
