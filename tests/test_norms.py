@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -14,7 +14,12 @@ import torchcap
 from torchcap import DataError
 from torchcap.batches import Source
 from torchcap.graph.spaces import Fold
-from torchcap.training.norms import fold_fresh_norms_, insert_fresh_norms_
+from torchcap.training.norms import (
+    fold_fresh_norms_,
+    fresh_norm,
+    insert_fresh_norms_,
+    refresh_statistics_,
+)
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 FOLDED = pytest.mark.parametrize("net", ["residual", "shared activation", "plain"])
@@ -42,8 +47,10 @@ def norms(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
 
 
-def train_(model: nn.Module, steps: int = 3) -> None:
-    """Train every parameter for a few steps, norms on the statistics of each batch."""
+def train_(model: nn.Module, layers: Sequence[nn.Module] = (), steps: int = 3) -> None:
+    """Train every parameter for a few steps, the norms of some layers on each batch's statistics."""
+    for layer in layers:
+        fresh_norm(layer).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     for seed in range(steps):
         optimizer.zero_grad()
@@ -79,16 +86,19 @@ def test_norms_measure_the_data_and_are_ready_to_train(net: str) -> None:
         rows = torch.cat(seen[layer]).movedim(1, 0).flatten(1)
         torch.testing.assert_close(norm.running_mean, rows.mean(1), **CLOSE)
         torch.testing.assert_close(norm.running_var, rows.var(1, correction=0), **CLOSE)
-        assert norm.training
+        assert not norm.training
         assert all(p.requires_grad for p in norm.parameters())
 
 
 @FOLDED
-def test_folding_gives_plain_layers_that_compute_what_the_trained_norms_computed(net: str) -> None:
+@pytest.mark.parametrize("on_batches", [False, True])
+def test_folding_gives_plain_layers_that_compute_what_the_trained_norms_computed(
+    net: str, *, on_batches: bool
+) -> None:
     small, folds = compressed(net)
     before = output(small)
     layers = insert_fresh_norms_(small, folds, source())
-    train_(small)
+    train_(small, layers if on_batches else ())
     expected = output(small)
     fold_fresh_norms_(layers)
     assert (expected - before).norm() > 1e-2  # statistics, affine maps and kernels have moved
@@ -171,7 +181,7 @@ def test_norms_have_the_dimension_of_their_layers_output() -> None:
     assert kinds == {nn.BatchNorm1d, nn.BatchNorm3d}
     assert len(layers) == 3
     torch.testing.assert_close(output(small), before, **CLOSE)
-    train_(small)
+    train_(small, layers)
     expected = output(small)
     fold_fresh_norms_(layers)
     torch.testing.assert_close(output(small), expected, **CLOSE)
@@ -187,7 +197,7 @@ def test_dead_channels_stay_finite_and_dead(net: str) -> None:
     layers = insert_fresh_norms_(small, folds, source())
     assert float(norms(first)[0].running_var[0]) == 0
     torch.testing.assert_close(output(small), before, **CLOSE)
-    train_(small)
+    train_(small, layers)
     expected = output(small)
     fold_fresh_norms_(layers)
     assert all(p.isfinite().all() for p in small.parameters())
@@ -214,6 +224,55 @@ def test_layers_that_are_frozen_get_no_norm() -> None:
     train_(small)
     fold_fresh_norms_(layers)
     torch.testing.assert_close(frozen.weight.detach(), before, rtol=0, atol=0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Statistics of batches
+
+
+@FOLDED
+def test_refreshed_statistics_are_those_of_the_data_and_the_trained_network(net: str) -> None:
+    small, folds = compressed(net)
+    layers = insert_fresh_norms_(small, folds, source())
+    train_(small, layers)
+    drifted = output(small)
+    seen: list[tuple[Tensor, Tensor]] = []
+    refresh_statistics_(small, layers, source(1, 2))
+    first = fresh_norm(layers[0])
+    conv = copy.deepcopy(layers[0])
+    conv._forward_hooks.clear()
+    for seed in (1, 2):  # the first layer reads the images themselves
+        rows = conv(images(seed=seed)).detach().movedim(1, 0).flatten(1)
+        seen.append((rows.mean(1), rows.var(1)))
+    means, variances = (torch.stack(found).mean(0) for found in zip(*seen, strict=True))
+    torch.testing.assert_close(first.running_mean, means, **CLOSE)
+    torch.testing.assert_close(first.running_var, variances, **CLOSE)
+    assert (output(small) - drifted).norm() > 1e-3
+    expected = output(small)
+    fold_fresh_norms_(layers)
+    torch.testing.assert_close(output(small), expected, **CLOSE)
+
+
+def test_batches_of_one_value_leave_the_statistics_as_they_were() -> None:
+    model = built(Deep)
+    folds = torchcap.analyze(model, images()).folds
+    small = torchcap.materialize(torchcap.prepare(model, example_inputs=images()))
+    layers = insert_fresh_norms_(small, folds, source())
+    last = fresh_norm(small.fc)
+    before = {name: tensor.clone() for name, tensor in last.state_dict().items()}
+    single = Source([images(1, seed=seed) for seed in range(3)])
+    for layer in layers:
+        fresh_norm(layer).train()
+    small(images(1))
+    refresh_statistics_(small, layers, single)
+    for name, tensor in last.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, msg=name)
+    assert last.training
+    assert int(fresh_norm(small.conv1).num_batches_tracked) == 3
+
+
+# --------------------------------------------------------------------------------------------------
+# Bad data
 
 
 def spoilt(*, number: int) -> list[Tensor]:

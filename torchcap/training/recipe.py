@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
+from math import isfinite
 from typing import Any, Self
 
 import torch
@@ -167,7 +169,7 @@ class Training:
                 "a step out, put None in its place"
             )
         weights = (self.reconstruction, self.distillation, self.labels)
-        if min(weights) < 0 or max(weights) <= 0:
+        if not all(isfinite(w) and w >= 0 for w in weights) or max(weights) <= 0:
             raise RecipeError(
                 f"the weights of the losses of {name} must not be negative, and one of them must "
                 f"be positive; got reconstruction={weights[0]}, distillation={weights[1]}, "
@@ -241,9 +243,9 @@ class ClosedForm:
     batches: int | None = None
 
     def __post_init__(self) -> None:
-        if self.memory < 2**20:
+        if not isinstance(self.memory, int) or self.memory < 2**20:
             raise RecipeError(f"memory is in bytes, at least 1 MiB; got {self.memory}")
-        if self.batches is not None and self.batches < 1:
+        if self.batches is not None and not (isinstance(self.batches, int) and self.batches >= 1):
             raise RecipeError(f"batches must be at least 1, or None for all; got {self.batches}")
         if self.ridge is not None and not self.ridge > 0:
             raise RecipeError(f"ridge must be positive or None; got {self.ridge!r}")
@@ -335,8 +337,18 @@ class Recipe:
 
 
 def _described(value: Any) -> str:
+    """Return a text that is the same for equal values, in another process too."""
+    if isinstance(value, torch.Generator):
+        return f"Generator(seed={value.initial_seed()})"
+    if isinstance(value, partial):
+        named = [f"{name}={_described(item)}" for name, item in value.keywords.items()]
+        return f"partial({', '.join([*map(_described, (value.func, *value.args)), *named])})"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_described, value))})"
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
-        return getattr(value, "__name__", repr(value))
+        if callable(value):
+            return getattr(value, "__qualname__", type(value).__qualname__)
+        return repr(value)
     parts = (
         f"{part.name}={_described(getattr(value, part.name))}" for part in dataclasses.fields(value)
     )
