@@ -48,7 +48,7 @@ def norms(model: nn.Module) -> list[nn.Module]:
 
 
 def train_(model: nn.Module, layers: Sequence[nn.Module] = (), steps: int = 3) -> None:
-    """Train every parameter for a few steps, the norms of some layers on each batch's statistics."""
+    """Train every parameter for a few steps, the norms of some layers on batch statistics."""
     for layer in layers:
         fresh_norm(layer).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
