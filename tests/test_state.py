@@ -35,13 +35,13 @@ from torchcap import (
 )
 
 STEPS = Adam(1e-2)
-MIXED = {"epochs": 2, "optimizer": STEPS, "augment": (FlipAndShift(), Mix())}
+MIXED = {"epochs": 2, "optimizer": STEPS, "healing": 1, "augment": (FlipAndShift(), Mix())}
 RECIPE = Recipe(
     start=ClosedForm(ridge=1e-4),
     projections=Projections(**{**MIXED, "optimizer": Adam(1e-2, relative=False)}),
     solve=ClosedForm(ridge=1e-4),
-    relaxation=Relaxation(**MIXED, batch_norm=True),
-    fine_tuning=Relaxation(**MIXED),
+    relaxation=Relaxation(**MIXED, batch_norm=True, batch_statistics=True),
+    fine_tuning=Relaxation(**MIXED, batch_norm=False),
 )
 
 
@@ -145,7 +145,7 @@ def test_shuffled_data_goes_on_in_its_order(tmp_path: Path, data: str, place: st
 @pytest.mark.parametrize("net", ["plain", "dense"])
 @pytest.mark.parametrize("place", ["relaxation", "fine-tuning"])
 def test_lifts_are_found_again_as_they_were(tmp_path: Path, net: str, place: str) -> None:
-    recipe = RECIPE.but(relaxation=Relaxation(**MIXED), projections=None)
+    recipe = RECIPE.but(relaxation=Relaxation(**MIXED, batch_norm=True), projections=None)
     expected = uninterrupted(net, recipe=recipe)
     check(tmp_path / "state", PLACES[place], expected, net=net, recipe=recipe)
 
