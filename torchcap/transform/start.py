@@ -213,7 +213,8 @@ def _collect(model: nn.Module, spaces: list[ChannelSpace], data: Batches) -> dic
         raise DataError("the data is empty: expected at least one batch of images")
     for reading in readings.values():
         reading.moments.reduce()
-    return readings
+    # A reader that runs in training mode alone has seen nothing.
+    return {key: reading for key, reading in readings.items() if reading.moments.count}
 
 
 def _new_reading(model: nn.Module, port: Port) -> _Reading:
