@@ -221,7 +221,7 @@ def test_killed_process_is_continued_by_another_one(tmp_path: Path) -> None:
     path = tmp_path / "state"
     script = KILLED.format(tests=str(Path(__file__).parent), path=str(path))
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, timeout=120, check=False
+        [sys.executable, "-c", script], capture_output=True, timeout=300, check=False
     )
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert path.exists()

@@ -214,7 +214,10 @@ def _collect(model: nn.Module, spaces: list[ChannelSpace], data: Batches) -> dic
     for reading in readings.values():
         reading.moments.reduce()
     # A reader that runs in training mode alone has seen nothing.
-    return {key: reading for key, reading in readings.items() if reading.moments.count}
+    seeing = {key: reading for key, reading in readings.items() if reading.moments.count}
+    if readings and not seeing:
+        raise DataError("the data is empty: its batches hold no images")
+    return seeing
 
 
 def _new_reading(model: nn.Module, port: Port) -> _Reading:
