@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers.grn import GlobalResponseNorm
 from timm.layers.std_conv import ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 
@@ -764,6 +765,25 @@ class LayerNormed(nn.Module):
 
 
 @truth(
+    Space(8, "selection", "embed", "mix", "first", "norm over channels 'first'"),
+    Space(9, "selection", "mix", "last", "second", "norm over channels 'second'"),
+    Space(4, "fixed", "last", reason=OUTPUT),
+)
+class ResponseNormed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 2, stride=2)
+        self.first = GlobalResponseNorm(8, channels_last=False)
+        self.mix = nn.Linear(8, 9)
+        self.second = GlobalResponseNorm(9)
+        self.last = nn.Linear(9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.embed(x)).permute(0, 2, 3, 1)
+        return self.last(self.second(F.gelu(self.mix(x)))).permute(0, 3, 1, 2)
+
+
+@truth(
     Space(6, "stiefel", "conv1", "conv2"),
     Space(5, "stiefel", "conv2", "conv3", "bn"),
     Space(4, "fixed", "conv3", reason=OUTPUT),
@@ -950,7 +970,7 @@ class WeightReadOutside(nn.Module):
 
 
 @truth(
-    Space(8, "fixed", "conv1", "conv2", "bn", "averaged over all dimensions"),
+    Space(8, "fixed", "conv1", "conv2", "bn", "reduced over all dimensions"),
     Space(6, "stiefel", "conv2", "conv3"),
     Space(4, "fixed", "conv3", reason=OUTPUT),
 )

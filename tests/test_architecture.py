@@ -20,9 +20,12 @@ ORDER = (
     "torchcap.processes",
     "torchcap.batches",
     "torchcap.graph.channels",
+    "torchcap.graph.inputs",
+    "torchcap.graph.watch",
     "torchcap.graph.trace",
     "torchcap.graph.values",
     "torchcap.graph.operators",
+    "torchcap.graph.moving",
     "torchcap.graph.layers",
     "torchcap.graph.rules",
     "torchcap.graph.spaces",
@@ -182,7 +185,9 @@ def test_code_of_the_readme_runs() -> None:
             sum(parameter.numel() for parameter in names[model].parameters())
             for model in ("model", "small")
         ]
-    assert len(blocks) == 2
-    before, after, *again = sizes
+    assert len(blocks) == 3
+    before, after, *again = sizes[:4]
     assert after < before
     assert again == [before, after]
+    assert [space.name for space in names["graph"].free] == ["0"]
+    assert names["small"][0].out_channels == 4

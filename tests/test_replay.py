@@ -13,11 +13,11 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from nets import NETS as READ_NETS
 from small_nets import NETS, built, fingerprint, images
-from strategies import Network, networks
+from strategies import Concat, Conv, Grouped, Network, Pool, networks
 from torch import Tensor, fx, nn
 
 from torchcap import DataError, TraceError, analyze
@@ -187,6 +187,18 @@ def assert_shows(found: dict[str, Pairs], expected: dict[str, Pairs], tolerance:
 # --------------------------------------------------------------------------------------------------
 # What a station shows
 
+# Its first batch must go for a while, and comes back when the second one is waiting already.
+LATE_FIRST_BATCH = Network(
+    stages=(
+        *(Conv(width=width, kernel=1, norm=False, act="none") for width in (2, 2, 3)),
+        Grouped(groups=3, width=2),
+        Pool(kind="max"),
+        Concat(widths=(6, 4), dense=False),
+    ),
+    flat=False,
+    seed=0,
+)
+
 
 @EVERY_NET
 @pytest.mark.parametrize("memory", [LARGE, 20_000, 0])
@@ -211,6 +223,7 @@ def test_stations_in_models_of_libraries_show_what_hooks_see(net: str) -> None:
     deadline=None, max_examples=15, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 @given(network=networks(), memory=st.sampled_from([LARGE, 20_000, 0]))
+@example(network=LATE_FIRST_BATCH, memory=20_000)
 def test_stations_in_random_networks_show_what_hooks_see(network: Network, memory: int) -> None:
     model = folded(network.build(), network.inputs())
     data = batches(2)

@@ -25,6 +25,8 @@ from torchcap.graph.analyze import analyze as analyze
 from torchcap.graph.spaces import ChannelSpace as ChannelSpace
 from torchcap.graph.spaces import Port as Port
 from torchcap.graph.spaces import SpaceGraph as SpaceGraph
+from torchcap.graph.values import Call as Call
+from torchcap.graph.values import Channels as Channels
 from torchcap.pipeline import compress as compress
 from torchcap.pipeline import prepare as prepare
 from torchcap.plan.cost import Cost as Cost
@@ -63,7 +65,9 @@ from torchcap.transform.student import projection_parameters as projection_param
 __all__ = [
     "SGD",
     "Adam",
+    "Call",
     "ChannelSpace",
+    "Channels",
     "Choice",
     "ClosedForm",
     "Cost",

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torchcap import processes
 from torchcap.batches import Batch, Batches, Source, as_source
 from torchcap.errors import ModelError, NothingToCompressError, PlanError, RecipeError
-from torchcap.graph.analyze import Reader, analyze
+from torchcap.graph.analyze import Reader
+from torchcap.graph.inputs import ExampleInputs
 from torchcap.graph.rules import Target
 from torchcap.graph.spaces import SpaceGraph
-from torchcap.graph.trace import ExampleInputs, shadow
+from torchcap.graph.trace import shadow
 from torchcap.graph.values import Rule
 from torchcap.plan.plan import Plan
 from torchcap.projection.initialize import GreedySelection, Initializer, LargestNorm
@@ -40,7 +41,7 @@ from torchcap.transform.student import Student, find_attachment
 M = TypeVar("M", bound=nn.Module)
 
 
-def prepare(
+def prepare(  # noqa: PLR0913 - an argument for each thing that may be said
     model: M,
     *,
     ratio: float | Mapping[str, float] = 0.5,
@@ -50,6 +51,7 @@ def prepare(
     init: Initializer | None = None,
     leaves: Sequence[type[nn.Module]] = (),
     rules: Mapping[Target, Rule] | None = None,
+    streams: bool = False,
 ) -> M:
     """Return a copy of a trained model whose free channel spaces are projected to fewer channels.
 
@@ -72,6 +74,7 @@ def prepare(
             layer with ``data``, the channels of largest weight without.
         leaves: module classes that are read as one operator, as in :func:`torchcap.analyze`.
         rules: operator rules that are asked first, as in :func:`torchcap.analyze`.
+        streams: whether residual streams are spaces too, as in :func:`torchcap.analyze`.
 
     Returns:
         the student, in the mode of ``model``.
@@ -88,7 +91,7 @@ def prepare(
         Minnehan & Savakis, "Cascaded Projection", CVPR 2019, sec. 3.3 and 3.6.
     """
     _check_model(model)
-    graph = analyze(model, example_inputs, leaves=leaves, rules=rules)
+    graph = Reader(leaves, rules, streams)(model, example_inputs)
     plan = _resolved(graph, ratio, plan)
     if init is None:
         init = LargestNorm() if data is None else GreedySelection()
@@ -115,6 +118,7 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
     on_progress: OnProgress | None = None,
     leaves: Sequence[type[nn.Module]] = (),
     rules: Mapping[Target, Rule] | None = None,
+    streams: bool = False,
 ) -> M:
     """Return a smaller copy of a trained model, as accurate as its recipe can make it.
 
@@ -145,6 +149,7 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
         on_progress: called after every layer solved, and every training step.
         leaves: module classes that are read as one operator, as in :func:`torchcap.analyze`.
         rules: operator rules that are asked first, as in :func:`torchcap.analyze`.
+        streams: whether residual streams are spaces too, as in :func:`torchcap.analyze`.
 
     Returns:
         a new model of the class of ``model``, in its mode, with plain layers.
@@ -175,7 +180,8 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
             f"recipe {recipe.name!r} learns from images; give data=, or start from the weights "
             "alone: recipe=Recipe(start=LargestNorm())"
         )
-    graph = analyze(model, example_inputs, leaves=leaves, rules=rules)
+    reader = Reader(leaves, rules, streams)
+    graph = reader(model, example_inputs)
     plan = _resolved(graph, ratio, plan)
     identity = {
         "plan": plan.to_dict(),
@@ -185,7 +191,7 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
         "processes": processes.count(),
     }
     file = StateFile(state, identity, save_every)
-    run = _Run(model, graph, plan, recipe, source, file, Reader(leaves, rules), on_progress)
+    run = _Run(model, graph, plan, recipe, source, file, reader, on_progress)
     small = run.result()
     file.remove()
     return small

@@ -203,7 +203,7 @@ class Bars:
         self.bar: tqdm | None = None
 
     def __call__(self, progress: torchcap.Progress) -> None:
-        if self.bar is None or self.bar.desc != f"{progress.name}: ":
+        if self.bar is None or self.bar.desc != progress.name:
             self.bar = tqdm(total=progress.steps, desc=progress.name)
         self.bar.update(progress.step - self.bar.n)
         self.bar.set_postfix(loss=f"{progress.loss:.3f}", refresh=False)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from torchcap.errors import ModelError
+from torchcap.errors import ModelError, TraceError
 from torchcap.graph.channels import UNKNOWN, Axis, ChannelTable, Resolved, Run
 from torchcap.graph.folds import find_folds
+from torchcap.graph.inputs import ExampleInputs
 from torchcap.graph.rules import (
     CONVOLUTIONS,
     LINEARS,
@@ -33,7 +34,7 @@ from torchcap.graph.spaces import (
     Tap,
 )
 from torchcap.graph.taps import Sight, find_sights
-from torchcap.graph.trace import ExampleInputs, LeafRule, Traced, trace
+from torchcap.graph.trace import LeafRule, Traced, Tracing, trace
 from torchcap.graph.values import Call, Channels, Extent, Rule, Value, flat, opaque
 
 
@@ -43,6 +44,7 @@ def analyze(
     *,
     leaves: Sequence[type[nn.Module]] = (),
     rules: Mapping[Target, Rule] | None = None,
+    streams: bool = False,
 ) -> SpaceGraph:
     """Read a model and return its channel spaces. The model is not changed, nor its mode.
 
@@ -56,6 +58,8 @@ def analyze(
             are boundaries.
         rules: operator rules that are asked before the table of torchcap: a module class, a
             function or a method name, to a function ``rule(call) -> value``.
+        streams: whether residual streams, joined by skip additions, are spaces too; channels of
+            theirs can be dropped, not mixed. The paper leaves them as they are.
 
     Returns:
         The spaces, each with its ports and its freedom, and a reason where it is not free.
@@ -82,24 +86,37 @@ def analyze(
             "scripted or frozen one; pass the module that it was made from"
         )
     table = {**RULES, **(rules or {})}
-    readings = trace(model, example_inputs, is_leaf=leaf_rule(leaves, rules))
-    return _Reading(model, readings, table).graph()
+    tracing = trace(model, example_inputs, is_leaf=leaf_rule(leaves, rules))
+    return _Reading(model, tracing, table, streams=streams).graph()
 
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """How models are read: the user's leaves and rules, handed on together."""
+    """How models are read: what the user said of it, handed on together."""
 
     leaves: Sequence[type[nn.Module]] = ()
     rules: Mapping[Target, Rule] | None = None
+    streams: bool = False
 
     def __call__(self, model: nn.Module, example_inputs: ExampleInputs | None) -> SpaceGraph:
         """Return the spaces of a model; see :func:`analyze`."""
-        return analyze(model, example_inputs, leaves=self.leaves, rules=self.rules)
+        return analyze(
+            model, example_inputs, leaves=self.leaves, rules=self.rules, streams=self.streams
+        )
 
     def trace(self, model: nn.Module, example_inputs: ExampleInputs) -> Traced:
-        """Return the evaluation graph of a model."""
-        return trace(model, example_inputs, is_leaf=leaf_rule(self.leaves, self.rules))[0]
+        """Return the evaluation graph of a whole model.
+
+        Raises:
+            TraceError: if only pieces of it can be traced.
+        """
+        whole = trace(model, example_inputs, is_leaf=leaf_rule(self.leaves, self.rules)).whole
+        if whole is None:
+            raise TraceError(
+                f"only pieces of {type(model).__name__!r} can be traced, and closed forms need its "
+                "whole graph; start from the weights alone: recipe=Recipe(start=LargestNorm())"
+            )
+        return whole
 
 
 def leaf_rule(
@@ -120,22 +137,28 @@ class _Reading:
     """The work of one ``analyze()``."""
 
     def __init__(
-        self, model: nn.Module, readings: tuple[Traced, ...], rules: Mapping[Target, Rule]
+        self,
+        model: nn.Module,
+        tracing: Tracing,
+        rules: Mapping[Target, Rule],
+        *,
+        streams: bool,
     ) -> None:
         self.model = model
-        self.readings = readings
+        self.tracing = tracing
+        self.readings = tracing.graphs
         self.rules = rules
+        self.streams = streams
         self.table = ChannelTable()
         self.shared = self._shared_modules()
         self.read_outside = self._modules_read_outside()
         self.direct: set[tuple[str, str, int]] = set()
         self.folds = find_folds(
-            [reading.module for reading in readings], {*self.shared, *self.read_outside}
+            [reading.module for reading in self.readings], {*self.shared, *self.read_outside}
         )
         self.folded = {fold.norm for fold in self.folds if fold.norm is not None}
         self.notes: Counter[str] = Counter()
         self.values: dict[fx.Node, Value] = {}
-        self.ran: dict[str, list[tuple[str, nn.Module, Any]]] = {}
 
     def graph(self) -> SpaceGraph:
         for reading in self.readings:
@@ -143,7 +166,11 @@ class _Reading:
                 self.values[node] = self._visit(reading, node)
         self._fix_entangled()
         self._fix_auxiliary_layers()
-        sights = find_sights(self.readings[0], self.values)
+        sights = [
+            sight
+            for reading in self.tracing.evaluations
+            for sight in find_sights(reading, self.values)
+        ]
         resolved = self.table.resolve([sight.value.ids for sight in sights])
         spaces, names = self._spaces(resolved)
         return SpaceGraph(
@@ -153,11 +180,17 @@ class _Reading:
             calls=tuple(self._calls()),
             folds=self.folds,
             taps=tuple(_taps(sights, resolved, names, spaces)),
-            notes=tuple(
-                f"no rule for {name} ({count} {'uses' if count > 1 else 'use'})"
-                for name, count in self.notes.items()
-            ),
+            notes=tuple(self._all_notes()),
         )
+
+    def _all_notes(self) -> Iterator[str]:
+        if self.tracing.whole is None:
+            yield f"the forward of {type(self.model).__name__} cannot be traced; pieces of it are"
+        for reading in self.tracing.evaluations:
+            for path, why in reading.unread.items():
+                yield f"{path!r} is read as one operator: its forward cannot be traced ({why})"
+        for name, count in self.notes.items():
+            yield f"no rule for {name} ({count} {'uses' if count > 1 else 'use'})"
 
     # ----------------------------------------------------------------------------------------------
     # Walking the graph
@@ -178,10 +211,10 @@ class _Reading:
 
     def _apply_rule(self, reading: Traced, node: fx.Node) -> Value:
         call = self._call(reading, node, node.meta.get("val"))
-        if call.module is not None:
-            call.ran.append((call.path, call.module, call.result))
         rule = find_rule(node, call.module, self.rules)
         if rule is None:
+            if call.path in reading.unread:  # what it holds is read piece by piece
+                return replace(call, module=None).give_up(f"no rule for {call.label}")
             return self._boundary(call)
         values = list(flat((call.args, call.kwargs)))
         if any(isinstance(v, Extent) for v in values) and rule not in READS_SIZES:
@@ -203,9 +236,9 @@ class _Reading:
             module=reading.module.get_submodule(path) if node.op == "call_module" else None,
             path=path,
             table=self.table,
-            ran=self.ran.setdefault(reading.mode, []),
             rule_of=lambda module: find_module_rule(module, self.rules),
             folded=path in self.folded,
+            streams=self.streams,
         )
 
     def _boundary(self, call: Call) -> Value:
@@ -255,11 +288,14 @@ class _Reading:
         return reasons
 
     def _modules_read_outside(self) -> dict[str, str]:
-        """Return the modules that own a tensor which the forward reads directly."""
+        """Return the modules that own a tensor which the forward reads directly, or goes past."""
         return {
-            str(node.target).rpartition(".")[0]: f"{node.target} is read outside of its layer"
-            for reading in self.readings
-            for node in reading.module.graph.find_nodes(op="get_attr")
+            **self.tracing.past,
+            **{
+                str(node.target).rpartition(".")[0]: f"{node.target} is read outside of its layer"
+                for reading in self.readings
+                for node in reading.module.graph.find_nodes(op="get_attr")
+            },
         }
 
     def _fix_entangled(self) -> None:
@@ -276,7 +312,7 @@ class _Reading:
 
     def _fix_auxiliary_layers(self) -> None:
         """Fix what auxiliary heads write: evaluation never runs them, so nothing is gained."""
-        called = {path for path, _, _ in self.ran.get("eval", ())}
+        called = {path for path, _ in self.tracing.ran}
         for axis in self.table.axes.values():
             if axis.role == "producer" and axis.module not in called:
                 self.table.fix(axis.ids, f"{axis.module!r} runs in training mode only")
@@ -315,7 +351,8 @@ class _Reading:
         return tuple(spaces), names
 
     def _calls(self) -> Iterator[LayerCall]:
-        for path, module, result in self.ran.get("eval", ()):
+        for path, result in self.tracing.ran:
+            module = self.model.get_submodule(path)
             if isinstance(module, CONVOLUTIONS + LINEARS) and isinstance(result, Tensor):
                 shape = tuple(getattr(module, "weight").shape)  # noqa: B009 - of no known type
                 yield LayerCall(path, result.numel() // shape[0], shape)

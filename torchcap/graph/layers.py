@@ -140,6 +140,18 @@ def _norm_over_channels(call: Call, dim: int) -> Value:
     return call.like(x)
 
 
+def global_response_norm(call: Call) -> Value:
+    """Global response normalisation (ConvNeXt V2): each channel by its share of all of them."""
+    x = call.argument(0, "x")
+    if not isinstance(x, Channels):
+        return call.give_up(call.unexpected)
+    dim: int = call.module.channel_dim  # type: ignore[assignment, union-attr]
+    if x.dim != dim % len(x.shape) or not call.plain("weight", "bias"):
+        return call.give_up(f"{call.label} does not normalise over the channels alone")
+    _carry(call, x, ("weight", "bias"), 0, f"norm over channels {call.path!r}")
+    return call.like(x)
+
+
 def group_norm(call: Call) -> Value:
     """Group normalisation: channels may be dropped, as many from each group."""
     layer = call.module

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import numpy as np
 from torch import Tensor
 
@@ -116,7 +113,8 @@ def _combine_channels(call: Call, left: Channels, right: Channels, verb: str) ->
     if verb == "multiplied with":
         call.table.select(left.ids, f"multiplied channel by channel at {call.node.name!r}")
     elif not np.array_equal(left.ids, right.ids):
-        call.table.fix(left.ids, f"residual stream: joined at {call.node.name!r}")
+        restrict = call.table.select if call.streams else call.table.fix
+        restrict(left.ids, f"residual stream: joined at {call.node.name!r}")
     return call.like(wide)
 
 
@@ -204,126 +202,44 @@ def _indexed_dim(x: Channels, index: tuple[Value, ...]) -> tuple[int | None, int
     return None, 0
 
 
-def reduction(call: Call) -> Value:
-    """Mean over dimensions other than the channels."""
+def averaging(call: Call) -> Value:
+    """Mean or sum over dimensions other than the channels."""
+    return _reduced(call)
+
+
+def maximum(call: Call) -> Value:
+    """Maximum over dimensions other than the channels."""
+    if not isinstance(call.result, Tensor):
+        return call.give_up(f"{call.label} gives several results")
+    for x in call.followed():
+        call.table.bend(x.ids)
+    return _reduced(call)
+
+
+def softmax(call: Call) -> Value:
+    """Softmax over a dimension other than the channels."""
+    x = call.argument(0, "input")
+    dim = getattr(call.module, "dim", None) if call.module else call.argument(1, "dim")
+    if not isinstance(x, Channels):
+        return call.give_up(call.unexpected)
+    if not isinstance(dim, int) or dim % len(x.shape) == x.dim:
+        return call.give_up(f"{call.label} acts along the channels")
+    call.table.bend(x.ids)
+    return call.like(x)
+
+
+def _reduced(call: Call) -> Value:
     x, dims = call.argument(0, "input"), call.argument(1, "dim")
     keep = call.argument(2, "keepdim", default=False)
     if not isinstance(x, Channels):
         return call.give_up(call.unexpected)
     dims = (dims,) if isinstance(dims, int) else dims
     if not isinstance(dims, tuple | list) or not all(isinstance(d, int) for d in dims):
-        return call.give_up(f"averaged over all dimensions at {call.node.name!r}")
+        return call.give_up(f"reduced over all dimensions at {call.node.name!r}")
     reduced = {d % len(x.shape) for d in dims}
     if x.dim in reduced:
-        return call.give_up(f"averaged over the channels at {call.node.name!r}")
+        return call.give_up(f"reduced over the channels at {call.node.name!r}")
     return call.like(x, x.dim if keep else x.dim - sum(d < x.dim for d in reduced))
-
-
-# --------------------------------------------------------------------------------------------------
-# Operators that move dimensions
-
-
-def permutation(call: Call) -> Value:
-    """Permutation of all dimensions."""
-    x = call.args[0]
-    if not isinstance(x, Channels):
-        return call.give_up(call.unexpected)
-    order = call.argument(1, "dims")
-    order = order if isinstance(order, tuple | list) else call.args[1:]
-    if not all(isinstance(d, int) for d in order):
-        return call.give_up(f"permuted by computed dimensions at {call.node.name!r}")
-    return call.like(x, [d % len(x.shape) for d in order].index(x.dim))
-
-
-def transposition(call: Call) -> Value:
-    """Exchange of two dimensions."""
-    x = call.args[0]
-    if not isinstance(x, Channels):
-        return call.give_up(call.unexpected)
-    pair = [call.argument(1, "dim0"), call.argument(2, "dim1")]
-    if not all(isinstance(d, int) for d in pair):
-        return call.give_up(f"transposed by computed dimensions at {call.node.name!r}")
-    first, second = (d % len(x.shape) for d in pair)
-    return call.like(x, {first: second, second: first}.get(x.dim, x.dim))
-
-
-def insertion(call: Call) -> Value:
-    """``unsqueeze``: a new dimension of size one."""
-    x, dim = call.argument(0, "input"), call.argument(1, "dim")
-    if not isinstance(x, Channels):
-        return call.give_up(call.unexpected)
-    return call.like(x, x.dim + (dim % len(call.shape) <= x.dim))
-
-
-def flattening(call: Call) -> Value:
-    """``flatten``, as a function, a method or a module."""
-    x = call.argument(0, "input")
-    if call.module is not None:
-        start, end = int(call.module.start_dim), int(call.module.end_dim)  # type: ignore[arg-type]
-    else:
-        start, end = call.argument(1, "start_dim", 0), call.argument(2, "end_dim", -1)
-    if not isinstance(x, Channels):
-        return call.give_up(call.unexpected)
-    start, end = start % len(x.shape), end % len(x.shape)
-    return _merge(call, x, start, end)
-
-
-def reshaping(call: Call) -> Value:
-    """``view`` and ``reshape``, as far as they merge the channels with dimensions behind them."""
-    x = call.argument(0, "input")
-    sizes = call.args[1:] or (call.kwargs.get("shape", call.kwargs.get("size")),)
-    if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
-        sizes = tuple(sizes[0])
-    extents = [s for s in sizes if isinstance(s, Extent)]
-    if not isinstance(x, Channels):
-        return call.give_up(f"reshaped by the number of channels at {call.node.name!r}")
-    if len(x.shape) == 1 and call.shape.count(1) == len(call.shape) - 1 and not extents:
-        return _spread(call, x, sizes)
-    end = _last_merged(x.shape, call.shape, x.dim)
-    if end is None or len(sizes) != len(call.shape):
-        return call.give_up(f"reshaped across the channels at {call.node.name!r}")
-    size = sizes[x.dim]
-    follows = size == -1 or (
-        isinstance(size, Extent) and x.dim == end and np.array_equal(size.ids, x.ids)
-    )
-    if not follows or len(extents) != isinstance(size, Extent):
-        return call.give_up(f"reshaped to a fixed number of channels at {call.node.name!r}")
-    return _repeated(call, x, end)
-
-
-def _spread(call: Call, x: Channels, sizes: Sequence[Value]) -> Value:
-    """A vector (layer scale) with dimensions of size one put around its only one."""
-    dim = next(d for d, n in enumerate(call.shape) if n == len(x.ids))
-    if len(sizes) != len(call.shape) or sizes[dim] != -1:
-        return call.give_up(f"reshaped to a fixed number of channels at {call.node.name!r}")
-    return Channels(call.shape, dim, x.ids)
-
-
-def _repeated(call: Call, x: Channels, end: int) -> Channels:
-    """The channels merged with the dimensions behind them, up to ``end``."""
-    return Channels(call.shape, x.dim, np.repeat(x.ids, math.prod(x.shape[x.dim + 1 : end + 1])))
-
-
-def _last_merged(old: tuple[int, ...], new: tuple[int, ...], dim: int) -> int | None:
-    """Return the last of the dimensions that ``dim`` is merged with, if that is all that happens.
-
-    Dimensions before ``dim`` must stay: with a batch of one, shapes alone would not tell whether
-    the channels were merged with it.
-    """
-    if len(new) <= dim or new[:dim] != old[:dim]:
-        return None
-    end = dim
-    while math.prod(old[dim : end + 1]) < new[dim] and end + 1 < len(old):
-        end += 1
-    return end if math.prod(old[dim : end + 1]) == new[dim] else None
-
-
-def _merge(call: Call, x: Channels, start: int, end: int) -> Value:
-    if end < x.dim or start > x.dim:
-        return call.like(x, x.dim if end >= x.dim else x.dim - (end - start))
-    if start < x.dim:
-        return call.give_up(f"flattened with dimensions before the channels at {call.node.name!r}")
-    return _repeated(call, x, end)
 
 
 def packing(call: Call) -> Value:

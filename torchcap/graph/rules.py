@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import torchvision
 from timm.layers import norm as timm_norm
 from timm.layers import std_conv
+from timm.layers.grn import GlobalResponseNorm
 from timm.layers.linear import Linear as TimmLinear
 from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from timm.models.vgg import ConvMlp
@@ -31,32 +32,46 @@ from torchcap.graph.layers import (
     batch_norm,
     conv_mlp,
     convolution,
+    global_response_norm,
     group_norm,
     layer_norm,
     layer_norm_2d,
     linear,
     prelu,
 )
+from torchcap.graph.moving import (
+    expansion,
+    flattening,
+    flipping,
+    insertion,
+    interleaving,
+    permutation,
+    removal,
+    repetition,
+    reshaping,
+    rolling,
+    splitting,
+    stacking,
+    transposition,
+    unbinding,
+)
 from torchcap.graph.operators import (
     addition,
     attribute,
+    averaging,
     chunk,
     concatenation,
-    flattening,
-    insertion,
     interpolation,
     item,
+    maximum,
     packing,
     padding,
-    permutation,
     plain_result,
     pointwise,
-    reduction,
-    reshaping,
     scaling,
     size,
+    softmax,
     spatial,
-    transposition,
     unchanged,
 )
 from torchcap.graph.values import Rule
@@ -130,6 +145,7 @@ RULES: Mapping[Target, Rule] = {
     **dict.fromkeys((nn.LayerNorm, tl.LayerNorm, timm_norm.LayerNormFp32), layer_norm),
     **dict.fromkeys((tl.LayerNorm2d, TorchvisionLayerNorm2d, tl.LayerNormAct2d), layer_norm_2d),
     **dict.fromkeys((nn.GroupNorm, tl.GroupNorm, tl.GroupNorm1, tl.GroupNormAct), group_norm),
+    GlobalResponseNorm: global_response_norm,
     ConvMlp: conv_mlp,
     nn.PReLU: prelu,
     tl.PReLU: prelu,
@@ -146,7 +162,9 @@ RULES: Mapping[Target, Rule] = {
     **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_"), addition),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), concatenation),
     **dict.fromkeys((torch.chunk, "chunk"), chunk),
-    **dict.fromkeys((torch.mean, "mean"), reduction),
+    **dict.fromkeys((torch.mean, "mean", torch.sum, "sum"), averaging),
+    **dict.fromkeys((torch.amax, "amax", torch.max, "max"), maximum),
+    **dict.fromkeys((nn.Softmax, F.softmax, torch.softmax, "softmax"), softmax),
     operator.getitem: item,
     getattr: attribute,
     "size": size,
@@ -156,9 +174,18 @@ RULES: Mapping[Target, Rule] = {
     **dict.fromkeys((torch.unsqueeze, "unsqueeze"), insertion),
     **dict.fromkeys((nn.Flatten, torch.flatten, "flatten"), flattening),
     **dict.fromkeys((torch.reshape, "reshape", "view"), reshaping),
+    **dict.fromkeys((torch.squeeze, "squeeze"), removal),
+    **dict.fromkeys(("expand", "expand_as"), expansion),
+    **dict.fromkeys((torch.tile, "repeat", "tile"), repetition),
+    **dict.fromkeys((torch.repeat_interleave, "repeat_interleave"), interleaving),
+    **dict.fromkeys((torch.roll, "roll"), rolling),
+    **dict.fromkeys((torch.flip, "flip"), flipping),
+    **dict.fromkeys((torch.unbind, "unbind"), unbinding),
+    **dict.fromkeys((torch.split, torch.functional.split, "split"), splitting),
+    **dict.fromkeys((torch.stack,), stacking),
 }
 
-READS_SIZES: frozenset[Rule] = frozenset({item, size, attribute, reshaping})
+READS_SIZES: frozenset[Rule] = frozenset({item, size, attribute, reshaping, expansion})
 """Rules that know what to do with an :class:`Extent` among their arguments."""
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 Freedom = Literal["linear", "stiefel", "selection", "fixed"]
@@ -148,6 +149,11 @@ class LayerCall:
     positions: int
     shape: tuple[int, ...]
 
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of the call, at full width."""
+        return self.positions * prod(self.shape)
+
 
 @dataclass(frozen=True, slots=True)
 class SpaceGraph:
@@ -181,6 +187,21 @@ class SpaceGraph:
     def free(self) -> tuple[ChannelSpace, ...]:
         """The spaces that may get a smaller rank."""
         return tuple(space for space in self.spaces if space.free)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of all convolutions and linear layers, at full width."""
+        return sum(call.macs for call in self.calls)
+
+    @property
+    def reachable(self) -> float:
+        """Share of the multiply-adds that stand in layers which a free space touches."""
+        return self.share(*self.free)
+
+    def share(self, *spaces: ChannelSpace) -> float:
+        """Return the share of the multiply-adds in layers that write, carry or read the spaces."""
+        touched = {port.module for space in spaces for port in space.ports}
+        return sum(c.macs for c in self.calls if c.module in touched) / max(1, self.macs)
 
     def __str__(self) -> str:
         return "\n".join(_table(self))
@@ -232,16 +253,17 @@ def _table(graph: SpaceGraph) -> Iterator[str]:
     free = graph.free
     yield (
         f"{graph.model}: {len(graph.spaces)} channel spaces, {len(free)} free, "
-        f"{sum(space.channels for space in free)} channels in them"
+        f"{sum(space.channels for space in free)} channels in them; they touch "
+        f"{graph.reachable:.1%} of {graph.macs:,} multiply-adds"
     )
     width = max([len(space.name) for space in graph.spaces] + [5])
-    yield f"{'space':{width}}  channels  blocks  freedom    read by"
+    yield f"{'space':{width}}  channels  blocks  freedom     MACs  read by"
     for space in graph.spaces:
         readers = ", ".join(dict.fromkeys(port.module for port in space.consumers))
         note = f"  [{space.reason}]" if space.reason else ""
         yield (
             f"{space.name:{width}}  {space.channels:8d}  {space.blocks:6d}  {space.freedom:9s}  "
-            f"{readers or '-'}{note}"
+            f"{graph.share(space):6.1%}  {readers or '-'}{note}"
         )
     for note in graph.notes:
         yield f"note: {note}"

@@ -117,7 +117,9 @@ class _Search:
         if value is None:
             return None
         for place in self._places(node):
-            return Sight(node.name, reader, *place, value)
+            piece = self.reading.piece
+            name = f"{piece}/{node.name}" if piece else node.name
+            return Sight(name, reader, *place, value)
         if steps and len(node.users) == 1:
             return self._sight(next(iter(node.users)), reader, steps - 1)
         return None

@@ -3,16 +3,27 @@
 The graphs are only *read*; the model that runs stays the user's own. A model is traced in
 evaluation mode and in training mode, because some layers run in one of them only (the auxiliary
 heads of GoogLeNet): a channel may be cut only if every reader in either mode can follow.
+
+What cannot be traced is tried in this order:
+
+1. the whole model, where modules with a rule, and those that timm says not to trace, are one
+   operator each;
+2. the whole model, where every module whose forward cannot be traced is one operator too, the
+   innermost such module first;
+3. what such a module holds, piece by piece: each submodule that it calls is traced by itself, on
+   what one real forward gives it. The model itself may be such a module (detectors, which loop over
+   lists of images). Nothing is known of what happens between pieces, so what enters and leaves a
+   piece never changes; and a piece whose insides are used past its forward stays as it is.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,27 +31,27 @@ from timm.layers import get_notrace_functions, is_notrace_module
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-from torchvision.models import VisionTransformer
-from torchvision.models.inception import Inception3
-from torchvision.models.video import MViT, SwinTransformer3d, VideoResNet
 
 from torchcap.errors import ExampleInputsError, ModelError, TraceError
+from torchcap.graph.inputs import (
+    ExampleInputs,
+    Inputs,
+    as_inputs,
+    default_inputs,
+    frozen_arguments,
+    placeholder_values,
+)
+from torchcap.graph.watch import Watched, watch_forward
 
-ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 LeafRule = Callable[[nn.Module], bool]
 
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """Example inputs of a forward, by position and by name."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+_MOST_UNREAD = 100
+"""Modules that may stand as one operator because they cannot be traced: each costs a reading."""
 
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """One reading of a model.
+    """One graph of a model, or of a piece of it.
 
     Attributes:
         module: the graph over the model's own modules; ``node.meta["val"]`` is a fake tensor (or a
@@ -48,17 +59,51 @@ class Traced:
         outputs: graph node -> the (module path, call index) pairs whose output it is, for every
             module that runs, leaf or not.
         mode: ``"eval"`` or ``"train"``.
+        piece: qualified name of the module whose forward this is, ``""`` for the model's own.
+        unread: qualified names of the modules that stand in the graph as one operator because their
+            forward cannot be traced, with what stopped it.
+        ran: (qualified name, output) of every module that runs, in the order in which they end,
+            those inside of unread modules too; outputs are fake tensors.
     """
 
     module: fx.GraphModule
     outputs: Mapping[fx.Node, tuple[tuple[str, int], ...]]
     mode: str
+    piece: str = ""
+    unread: Mapping[str, str] = field(default_factory=dict)
+    ran: list[tuple[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Tracing:
+    """All graphs of a model.
+
+    Attributes:
+        graphs: of the model and of pieces, the evaluation graph of each before its training graph.
+        ran: (qualified name, output) of every module that runs in one evaluation forward.
+        past: module -> why it is not changed: something goes past the forward that was traced.
+    """
+
+    graphs: tuple[Traced, ...]
+    ran: list[tuple[str, Any]]
+    past: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def evaluations(self) -> tuple[Traced, ...]:
+        """The evaluation graphs."""
+        return tuple(graph for graph in self.graphs if graph.mode == "eval")
+
+    @property
+    def whole(self) -> Traced | None:
+        """The evaluation graph of the whole model, if its own forward can be traced."""
+        first = self.graphs[0]
+        return first if not first.piece else None
 
 
 def trace(
     model: nn.Module, example_inputs: ExampleInputs | None = None, *, is_leaf: LeafRule
-) -> tuple[Traced, ...]:
-    """Read a model's graph in evaluation and in training mode. The model is not changed.
+) -> Tracing:
+    """Read a model's graphs, in evaluation and in training mode. The model is not changed.
 
     Args:
         model: any module; a ``GraphModule`` is read as it stands.
@@ -66,29 +111,107 @@ def trace(
             arguments; may be left out where :func:`default_inputs` knows the shape.
         is_leaf: which modules are read as one operator, besides those of ``torch.nn``.
 
-    Returns:
-        The evaluation graph first; the training graph after it where it can be traced.
-
     Raises:
-        TraceError: if the forward cannot be traced symbolically in evaluation mode.
+        TraceError: if neither the model nor a piece of it can be traced.
         ModelError: if the model cannot be copied.
         ExampleInputsError: if the example inputs are missing, or the model does not accept them.
     """
     inputs = default_inputs(model) if example_inputs is None else as_inputs(example_inputs)
     if isinstance(model, fx.GraphModule):
-        graph_module = fx.GraphModule(shadow(model), _copy_graph(model.graph))
-        _propagate_shapes(graph_module, model, inputs, "eval")
-        return (Traced(graph_module, {}, "eval"),)
-    evaluation = _trace_in_mode(model, inputs, is_leaf, training=False)
-    readings: tuple[Traced, ...] = (evaluation,)
-    # A forward that only traces in evaluation mode (random masks drawn from shapes) is still read.
-    with contextlib.suppress(TraceError):
-        training = _trace_in_mode(model, inputs, is_leaf, training=True)
-        if _signature(training) != _signature(evaluation):
-            readings = (evaluation, training)
-    for reading in readings:
-        _propagate_shapes(reading.module, model, inputs, reading.mode)
-    return readings
+        given = Traced(fx.GraphModule(shadow(model), _copy_graph(model.graph)), {}, "eval")
+        _propagate_shapes(given, model, inputs)
+        return Tracing((given,), given.ran)
+    return _Search(model, inputs, is_leaf).tracing()
+
+
+class _Search:
+    """The work of one ``trace()``: the whole model, then pieces of what could not be traced."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs, is_leaf: LeafRule) -> None:
+        self.model, self.inputs, self.is_leaf = model, inputs, is_leaf
+        self.graphs: list[Traced] = []
+        self.watched: Watched | None = None
+
+    def tracing(self) -> Tracing:
+        refusal: TraceError | None = None
+        try:
+            waiting = self._read("", self.inputs)
+        except _Untraceable as error:
+            refusal = TraceError(
+                f"cannot trace {type(self.model).__name__!r}, nor any part of it: {error.why}. A "
+                "forward must not branch on the values of tensors, nor iterate over them; what "
+                "does can be moved into a module of its own, which is then read as one operator"
+            )
+            self.watched = self._watch()
+            waiting = [""]
+        else:
+            with contextlib.suppress(ExampleInputsError):  # pieces are an extra here
+                self.watched = self._watch() if waiting else None
+        while waiting and self.watched is not None:
+            for path, inputs in list(self._inside(waiting.pop(0))):
+                try:
+                    waiting += self._read(path, inputs)
+                except (_Untraceable, ExampleInputsError):
+                    waiting.append(path)
+        if not self.graphs and refusal is not None:
+            raise refusal
+        ran = self.graphs[0].ran if self.watched is None else self.watched.ran
+        return Tracing(tuple(self.graphs), ran, dict(self._past()))
+
+    def _read(self, piece: str, inputs: Inputs) -> list[str]:
+        """Trace a piece, and return the modules in it that could not be traced."""
+        evaluation = _trace_evaluation(self.model, piece, inputs, self.is_leaf)
+        readings = [evaluation]
+        # A forward that only traces in evaluation mode (random masks drawn from shapes) is still
+        # read.
+        with contextlib.suppress(_Untraceable):
+            training = _trace_in_mode(
+                self.model, piece, inputs, self.is_leaf, evaluation.unread, training=True
+            )
+            if _signature(training) != _signature(evaluation):
+                readings.append(training)
+        for reading in readings:
+            _propagate_shapes(reading, self.model.get_submodule(piece), inputs)
+        self.graphs += readings
+        return list(evaluation.unread)
+
+    def _watch(self) -> Watched:
+        watched = shadow(self.model)
+        _set_mode(watched, training=False)
+        try:
+            return watch_forward(watched, self.inputs.args, dict(self.inputs.kwargs))
+        except Exception as error:  # a user's forward may raise anything on a wrong shape
+            raise _misfit(self.model, "eval", list(self.inputs.args), error) from error
+
+    def _inside(self, path: str) -> Iterator[tuple[str, Inputs]]:
+        """Yield the modules that a module calls, with what they were given first."""
+        assert self.watched is not None  # noqa: S101 - the caller has looked
+        for name, child in self.model.get_submodule(path).named_children():
+            inner = f"{path}.{name}" if path else name
+            if self.is_leaf(child) or not any(True for _ in child.children()):
+                continue
+            if inner in self.watched.inputs:
+                yield inner, Inputs(*self.watched.inputs[inner])
+            else:  # a container, which is not called itself
+                yield from self._inside(inner)
+
+    def _past(self) -> Iterator[tuple[str, str]]:
+        """Yield the modules inside of pieces that something uses past the forward of the piece."""
+        if self.watched is None:
+            return
+        pieces = [graph.piece for graph in self.graphs]
+        for path in self.watched.inputs:
+            piece = max((p for p in pieces if _holds(p, path)), key=len, default="")
+            if piece and not all(
+                caller == piece or _holds(piece, caller) for caller in self.watched.callers[path]
+            ):
+                yield path, f"{path!r} is called past {piece!r}"
+        for path, reader in self.watched.read_by_others.items():
+            yield path, f"a tensor of {path!r} is read in {reader!r}"
+
+
+def _holds(outer: str, inner: str) -> bool:
+    return not outer or inner.startswith(f"{outer}.")
 
 
 def shadow(model: nn.Module) -> nn.Module:
@@ -111,58 +234,21 @@ def shadow(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def as_inputs(example_inputs: ExampleInputs) -> Inputs:
-    """Sort example inputs into positional and keyword arguments."""
-    if isinstance(example_inputs, Mapping):
-        return Inputs((), dict(example_inputs))
-    if isinstance(example_inputs, tuple | list):
-        return Inputs(tuple(example_inputs), {})
-    return Inputs((example_inputs,), {})
-
-
-def default_inputs(model: nn.Module) -> Inputs:
-    """Return one zero image of the size that a timm or torchvision model was made for.
-
-    Raises:
-        ExampleInputsError: if the model carries no sign of its input size.
-    """
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    size: Sequence[int] | None = config.get("input_size") if isinstance(config, Mapping) else None
-    if size is None and type(model).__module__.startswith("torchvision.models"):
-        size = _torchvision_input_size(model)
-    if size is None:
-        raise ExampleInputsError(
-            f"the input shape of {type(model).__name__!r} is not known: it has no timm "
-            "pretrained_cfg and is no torchvision model; pass example_inputs=torch.zeros(...)"
-        )
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    return Inputs((torch.zeros(1, *size, dtype=parameter.dtype, device=parameter.device),), {})
-
-
-def _torchvision_input_size(model: nn.Module) -> tuple[int, ...]:
-    if isinstance(model, VideoResNet):
-        return (3, 16, 112, 112)
-    if isinstance(model, MViT | SwinTransformer3d):
-        return (3, 16, 224, 224)
-    if isinstance(model, Inception3):
-        return (3, 299, 299)
-    if isinstance(model, VisionTransformer):
-        return (3, model.image_size, model.image_size)
-    return (3, 224, 224)
-
-
 class _Reader(fx.Tracer):
-    """A tracer that also notes which module call produced which value."""
+    """A tracer that also notes which module call produced which value, and where it failed."""
 
-    def __init__(self, is_leaf: LeafRule) -> None:
+    def __init__(self, is_leaf: LeafRule, unread: Container[str]) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
         self._is_leaf = is_leaf
+        self._unread = unread
         self._calls: dict[str, int] = {}
         self.outputs: dict[fx.Node, list[tuple[str, int]]] = {}
+        self.failed: str | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
-            is_notrace_module(type(m))
+            module_qualified_name in self._unread
+            or is_notrace_module(type(m))
             or self._is_leaf(m)
             or super().is_leaf_module(m, module_qualified_name)
         )
@@ -177,33 +263,74 @@ class _Reader(fx.Tracer):
         path = self.path_of_module(m)
         index = self._calls.get(path, 0)
         self._calls[path] = index + 1
-        result = super().call_module(m, forward, args, kwargs)
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = path if self.failed is None else self.failed  # the innermost comes first
+            raise
         if isinstance(result, fx.Proxy):
             self.outputs.setdefault(result.node, []).append((path, index))
         return result
 
 
+class _Untraceable(Exception):  # noqa: N818 - says what a forward is; never leaves this file
+    """A forward cannot be traced.
+
+    Attributes:
+        path: the innermost module where tracing failed; None in the forward of the piece itself.
+        why: what stopped it.
+    """
+
+    def __init__(self, path: str | None, why: str) -> None:
+        super().__init__(why)
+        self.path, self.why = path, why
+
+
+def _trace_evaluation(model: nn.Module, piece: str, inputs: Inputs, is_leaf: LeafRule) -> Traced:
+    """Trace in evaluation mode; what cannot be traced inside becomes one operator."""
+    unread: dict[str, str] = {}
+    while True:
+        try:
+            return _trace_in_mode(model, piece, inputs, is_leaf, unread, training=False)
+        except _Untraceable as error:
+            if error.path is None or error.path in unread or len(unread) >= _MOST_UNREAD:
+                raise
+            unread[error.path] = error.why
+
+
 def _trace_in_mode(
-    model: nn.Module, inputs: Inputs, is_leaf: LeafRule, *, training: bool
+    model: nn.Module,
+    piece: str,
+    inputs: Inputs,
+    is_leaf: LeafRule,
+    unread: Mapping[str, str],
+    *,
+    training: bool,
 ) -> Traced:
-    reader = _Reader(is_leaf)
+    reader = _Reader(is_leaf, {path.removeprefix(f"{piece}.") for path in unread})
     mode = "train" if training else "eval"
-    concrete = _frozen_arguments(model, inputs)
+    concrete = frozen_arguments(model.get_submodule(piece), inputs)
     # Some forwards keep what they compute on the module; a proxy kept there would spoil the model.
     copied = shadow(model)
     _set_mode(copied, training=training)
     try:
         with warnings.catch_warnings(action="ignore"):  # of frozen arguments that are not asserted
-            graph = reader.trace(copied, concrete_args=concrete)
+            graph = reader.trace(copied.get_submodule(piece), concrete_args=concrete)
     except Exception as error:  # a user's forward may raise anything on a proxy
-        raise TraceError(
-            f"cannot trace {type(model).__name__!r} in {mode} mode: "
-            f"{type(error).__name__}: {error}. Pass the class of the module whose forward "
-            "cannot be traced: analyze(model, leaves=[TheClass])"
-        ) from error
-    graph_module = fx.GraphModule(reader.root, graph)
-    outputs = {node: tuple(calls) for node, calls in reader.outputs.items()}
-    return Traced(graph_module, outputs, mode)
+        failed = None if reader.failed is None else _joined(piece, reader.failed)
+        raise _Untraceable(failed, _first_line(error)) from error
+    for node in graph.nodes:
+        if node.op in {"call_module", "get_attr"}:
+            node.target = _joined(piece, str(node.target))
+    outputs = {
+        node: tuple((_joined(piece, path), call) for path, call in calls)
+        for node, calls in reader.outputs.items()
+    }
+    return Traced(fx.GraphModule(copied, graph), outputs, mode, piece, dict(unread))
+
+
+def _joined(outer: str, inner: str) -> str:
+    return f"{outer}.{inner}" if outer and inner else outer or inner
 
 
 def _signature(traced: Traced) -> list[tuple[str, str, str]]:
@@ -211,69 +338,52 @@ def _signature(traced: Traced) -> list[tuple[str, str, str]]:
     return [(n.op, str(n.target), str((n.args, n.kwargs))) for n in traced.module.graph.nodes]
 
 
-def _frozen_arguments(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """Freeze the arguments that are no tensors, defaults too, so that branches on them trace."""
-    bound = _bind(model, inputs)
-    bound.apply_defaults()
-    variadic = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
-    return {
-        name: bound.arguments[name]
-        for name, parameter in bound.signature.parameters.items()
-        if parameter.kind not in variadic and not _holds_tensor(bound.arguments[name])
-    }
-
-
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any(map(_holds_tensor, value.values()))
-    if isinstance(value, tuple | list):
-        return any(map(_holds_tensor, value))
-    return isinstance(value, Tensor)
-
-
-def _bind(model: nn.Module, inputs: Inputs) -> inspect.BoundArguments:
-    signature = inspect.signature(model.forward)
-    try:
-        return signature.bind(*inputs.args, **inputs.kwargs)
-    except TypeError as error:
-        raise ExampleInputsError(
-            f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}"
-        ) from error
-
-
-def placeholder_values(model: nn.Module, inputs: Inputs) -> list[Any]:
-    """Return a value for every placeholder: the graph has them in the order of the signature."""
-    bound = _bind(model, inputs)
-    bound.apply_defaults()
-    values: list[Any] = []
-    for name, parameter in bound.signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            values.extend(bound.arguments[name])
-        elif parameter.kind is not inspect.Parameter.VAR_KEYWORD:
-            values.append(bound.arguments[name])
-    return values
-
-
-def _propagate_shapes(
-    graph_module: fx.GraphModule, model: nn.Module, inputs: Inputs, mode: str
-) -> None:
+def _propagate_shapes(reading: Traced, model: nn.Module, inputs: Inputs) -> None:
+    """Give every node its shape, and note the layers that run."""
+    graph_module, mode = reading.module, reading.mode
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     values = placeholder_values(model, inputs)
     try:
         # Shapes are those of evaluation: batch norm refuses one value a channel in training.
         _set_mode(graph_module, training=False)
-        with torch.no_grad():
+        with torch.no_grad(), _noted(reading):
             try:
                 FakeTensorProp(graph_module, fake).propagate(*values)
             except DataDependentOutputException:  # a leaf looks at values: run it on real ones
+                reading.ran.clear()
                 _RealPropagation(graph_module).run(*values)
     except Exception as error:  # a user's forward may raise anything on a wrong shape
-        shapes = [tuple(v.shape) if isinstance(v, Tensor) else v for v in values]
-        raise ExampleInputsError(
-            f"{type(model).__name__!r} does not run in {mode} mode on the example inputs of shape "
-            f"{shapes}: {_first_line(error)}; pass example_inputs that its forward accepts in "
-            "both modes (auxiliary heads may want larger images)"
-        ) from error
+        raise _misfit(model, mode, values, error) from error
+
+
+def _misfit(
+    model: nn.Module, mode: str, values: Sequence[Any], error: Exception
+) -> ExampleInputsError:
+    shapes = [tuple(v.shape) if isinstance(v, Tensor) else v for v in values]
+    return ExampleInputsError(
+        f"{type(model).__name__!r} does not run in {mode} mode on the example inputs of shape "
+        f"{shapes}: {_first_line(error)}; pass example_inputs that its forward accepts in "
+        "both modes (auxiliary heads may want larger images)"
+    )
+
+
+@contextlib.contextmanager
+def _noted(reading: Traced) -> Iterator[None]:
+    """Note the modules that run, with their outputs, for a while."""
+
+    def note(path: str, _module: nn.Module, _args: Any, output: Any) -> None:
+        reading.ran.append((path, output))
+
+    handles = [
+        module.register_forward_hook(partial(note, path))
+        for path, module in reading.module.named_modules()
+        if path
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _RealPropagation(fx.Interpreter):

@@ -87,8 +87,8 @@ class Call:
         module, path: the module that is called and its qualified name, for a module call.
         table: where channels are joined, fixed and restricted.
         rule_of: finds the rule of a module, for layers that hold others inside.
-        ran: the modules that have run so far, with their results; see :meth:`inside`.
         folded: whether this is a normalisation that will be folded into the layer before it.
+        streams: whether channels that are joined by a skip addition may be dropped.
     """
 
     node: fx.Node
@@ -99,8 +99,8 @@ class Call:
     path: str
     table: ChannelTable
     rule_of: Callable[[nn.Module], Rule | None]
-    ran: list[tuple[str, nn.Module, Any]]
     folded: bool = False
+    streams: bool = False
 
     @property
     def label(self) -> str:
@@ -156,7 +156,6 @@ class Call:
         result = torch.empty(shape, device="meta")
         path = f"{self.path}.{name}"
         call = replace(self, args=(x,), kwargs={}, result=result, module=module, path=path)
-        self.ran.append((path, module, result))
         rule = self.rule_of(module)
         return call.give_up(f"no rule for {call.label}") if rule is None else rule(call)
 

@@ -231,5 +231,6 @@ def _nothing(graph: SpaceGraph) -> str:
     return (
         f"{graph.model!r} has no channel space that can be compressed:\n"
         f"{found or '  no layer was found'}\n"
-        "An operator that torchcap does not know can be taught: analyze(model, rules={...})"
+        "An operator that torchcap does not know can be taught: analyze(model, rules={...}); "
+        "residual streams are spaces too with streams=True"
     )

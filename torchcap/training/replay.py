@@ -20,9 +20,10 @@ from torch import Tensor, fx, nn
 from torchcap.batches import Batch, Source
 from torchcap.errors import TraceError
 from torchcap.graph.analyze import Reader
+from torchcap.graph.inputs import Inputs, placeholder_values
 from torchcap.graph.operators import unchanged
 from torchcap.graph.rules import RULES, Target, find_rule
-from torchcap.graph.trace import Inputs, Traced, placeholder_values
+from torchcap.graph.trace import Traced
 from torchcap.graph.values import Rule
 
 Values = dict[fx.Node, Any]
@@ -187,7 +188,7 @@ class Replay:
     def _advanced(self) -> Iterator[_Lane]:
         """Bring every batch to the present place, one after the other."""
         if len(self._lanes) == len(self.source):  # all of them are waiting: no need to read data
-            for number in list(self._lanes):
+            for number in sorted(self._lanes):
                 lane = self._lanes[number]
                 self._advance(lane)
                 yield lane

@@ -1,0 +1,638 @@
+"""What the coverage sweep does with one model: build it, read it, compress it, and prove it.
+
+All that is found goes into a plain dictionary, which is handed on after every step, so that what
+is known of a model survives the end of its process.
+
+Weights and norm statistics are random, for nothing here depends on what a model has learnt. The
+proofs compare outputs in float64, in evaluation mode.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import re
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import inf, isfinite, prod
+from typing import TYPE_CHECKING, Any
+
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+import torchcap
+from torchcap.transform.fold import fold_
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torchcap.graph.spaces import ChannelSpace, Port, SpaceGraph
+    from torchcap.projection.initialize import Initializer, SpaceContext
+
+RATIO = 0.5
+TOLERANCE = 1e-8  # relative, of outputs in float64
+NUDGE = 1e-13  # relative change of the inputs that shows how a model's own rounding grows
+LOOSEST = 1e-4  # beyond this a comparison tells nothing
+SECTION = {"segmentation": 224, "detection": 320, "optical_flow": 128}  # height and width
+COUNTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+Record = dict[str, Any]
+
+
+class Skip(Exception):  # noqa: N818 - not an error
+    """A proof that a model does not allow, with the reason."""
+
+
+class ProofError(Exception):
+    """A proof that does not hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What to do besides the proofs that every model gets, and whether to stop before them."""
+
+    analyze_only: bool = False
+    export: bool = False
+    peer: bool = False
+
+
+def examine(name: str, wishes: Wishes, keep: Callable[[Record], None]) -> None:
+    """Find out all there is to say about one model.
+
+    Args:
+        name: ``timm:NAME`` or ``tv:NAME``.
+        wishes: what to do.
+        keep: gets the record after every step; its ``status`` is empty until it is known.
+    """
+    record: Record = {"status": "", "message": "", "stage": "build", "proofs": {}}
+    began = time.process_time()  # imports are no part of the work
+    keep(record)
+    try:
+        record["message"] = _examine(name, wishes, record, keep)
+        broken = any(proof["outcome"] == "failed" for proof in record["proofs"].values())
+        passed = "read" if wishes.analyze_only else "proven"
+        record["status"] = "failed" if broken else passed
+    except torchcap.TorchcapError as error:
+        record["status"] = "declined"
+        record["message"] = f"{type(error).__name__}: {error}"[:2000]
+    except Exception:  # the sweep goes on, whatever a model raises
+        record["status"] = "failed"
+        record["message"] = last_lines(traceback.format_exc())
+    record["seconds"] = time.process_time() - began
+    keep(record)
+    if wishes.peer and not wishes.analyze_only:
+        record["stage"] = "peer"
+        keep(record)
+        record["peer"] = try_peer(name)
+        keep(record)
+
+
+def _examine(name: str, wishes: Wishes, record: Record, keep: Callable[[Record], None]) -> str:
+    """Fill in the record, and return a message if a proof failed."""
+    if wishes.analyze_only:
+        model, inputs = build_for_reading(name)
+    else:
+        model, inputs = build_for_proofs(name, record)
+    record["stage"] = "analyze"
+    keep(record)
+    began = time.process_time()
+    graph = torchcap.analyze(model, inputs)
+    record["analyze_seconds"] = time.process_time() - began
+    record.update(facts(model, graph))
+    keep(record)
+    plan = torchcap.Plan.uniform(graph, RATIO)  # raises with the reasons where nothing is free
+    record["macs_left"] = torchcap.cost(graph, plan).macs / max(1, torchcap.cost(graph).macs)
+    if wishes.analyze_only:
+        return ""
+    subject = Subject(model, inputs, graph, plan)
+    record["tolerance"] = subject.tolerance
+    for title, proof in proofs(wishes).items():
+        record["stage"] = title
+        keep(record)
+        record["proofs"][title] = outcome(proof, subject)
+    failed = {t: p["detail"] for t, p in record["proofs"].items() if p["outcome"] == "failed"}
+    return "\n".join(f"{title}: {detail}" for title, detail in failed.items())
+
+
+def last_lines(text: str, count: int = 6) -> str:
+    """Return the end of a traceback."""
+    return "\n".join(text.strip().splitlines()[-count:])[-2000:]
+
+
+# --- building
+
+
+def build(name: str) -> nn.Module:
+    """Build a model without trained weights, and without anything that draws in training mode."""
+    source, _, short = name.partition(":")
+    with warnings.catch_warnings(action="ignore"):  # of deprecated names and slow initialisers
+        model = timm.create_model(short) if source == "timm" else _from_torchvision(short)
+    for module in model.modules():
+        if isinstance(module, _DropoutNd | torchvision.ops.StochasticDepth):
+            module.p = 0.0
+        elif isinstance(module, timm.layers.DropPath):
+            module.drop_prob = 0.0
+    return model.eval()
+
+
+def _from_torchvision(name: str) -> nn.Module:
+    builder = torchvision.models.get_model_builder(name)
+    options: dict[str, Any] = {"weights": None}
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        options["weights_backbone"] = None
+    if name in {"googlenet", "inception_v3"}:
+        options["init_weights"] = False
+    return torchvision.models.get_model(name, **options)
+
+
+def example_inputs(name: str, model: nn.Module) -> tuple[Any, ...]:
+    """Return random inputs of the size that a model was made for, of batch size one."""
+    source, _, short = name.partition(":")
+    if source == "timm":
+        config: Any = model.pretrained_cfg
+        return (torch.randn(1, *config["input_size"]),)
+    home = torchvision.models.get_model_builder(short).__module__.split(".")
+    section = home[2]
+    size = SECTION.get(section, 299 if section == "inception" else 224)
+    size = getattr(model, "image_size", size) if section == "vision_transformer" else size
+    if section == "detection":
+        return ([torch.randn(3, size, size)],)
+    if section == "optical_flow":
+        return torch.randn(1, 3, size, size), torch.randn(1, 3, size, size)
+    if section == "video":
+        size = 112 if home[3] == "resnet" else 224
+        return (torch.randn(1, 3, 16, size, size),)
+    return (torch.randn(1, 3, size, size),)
+
+
+def build_for_reading(name: str) -> tuple[nn.Module, Any]:
+    """Build a model on the meta device, or where it cannot be built there, on the CPU."""
+    try:
+        with torch.device("meta"):
+            model = build(name)
+            return model, example_inputs(name, model)
+    except Exception:  # a constructor that looks at values
+        model = build(name)
+        return model, example_inputs(name, model)
+
+
+def build_for_proofs(name: str, record: Record) -> tuple[nn.Module, Any]:
+    """Build a model with weights that hide nothing, in float64 if it runs so.
+
+    Some models compute with constants of single precision and cannot be made double; some without
+    norms overflow, and get weights that differ less from those they are initialised with.
+    """
+    problem = ""
+    for dtype in (torch.float64, torch.float32):
+        for noise in (0.2, 0.02):
+            torch.manual_seed(0)
+            model = build(name).to(dtype)
+            inputs = mapped(lambda tensor: tensor.to(dtype), example_inputs(name, model))  # noqa: B023
+            randomize_(model, torch.Generator().manual_seed(1), noise)
+            try:
+                found = tensors_of(run(model, inputs))
+            except Exception as error:  # the model's own; the next attempt may do
+                problem = f"{type(error).__name__}: {str(error)[:300]}"
+                break  # of another noise it would not run either
+            if (
+                found
+                and all(bool(t.isfinite().all()) for t in found)
+                and any(map(torch.any, found))
+            ):
+                record["dtype"] = str(dtype).removeprefix("torch.")
+                return model, inputs
+            problem = "its output is not finite, or zero, or has no tensor"
+    raise RuntimeError(f"the original model does not run: {problem}")
+
+
+@torch.no_grad()
+def randomize_(model: nn.Module, generator: torch.Generator, noise: float) -> None:
+    """Give every parameter and statistic a value of its own, so that no symmetry hides a fault."""
+    for module in model.modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None or not tensor.is_floating_point():
+                continue
+            drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            if name == "running_var":
+                tensor.copy_(0.5 + drawn.abs())
+            elif name in module._buffers and name != "running_mean":
+                continue  # constants: windows, frequencies, filters
+            elif tensor.numel() == max(tensor.shape, default=1):
+                tensor.add_(noise * drawn.to(tensor.dtype))
+            elif bool((tensor == tensor.flatten()[0]).all()):  # initialised with zeros, say
+                tensor.add_((noise * drawn / prod(tensor.shape[1:]) ** 0.5).to(tensor.dtype))
+
+
+# --- what a reading says
+
+
+def facts(model: nn.Module, graph: SpaceGraph) -> Record:
+    """Return what the spaces of a model amount to, with shares of its MACs."""
+    classes = {type(module).__name__.lower() for module in model.modules()}
+    attends = any("attention" in name or "attn" in name for name in classes)
+    macs: Counter[str] = Counter()
+    linear = 0
+    for call in graph.calls:
+        macs[call.module] += call.positions * prod(call.shape)
+        linear += call.positions * prod(call.shape) if len(call.shape) == 2 else 0
+    total = max(1, macs.total())
+    reachable = {
+        port.module for space in graph.free for port in space.ports if port.parameter == "weight"
+    }
+    return {
+        "spaces": len(graph.spaces),
+        "free": len(graph.free),
+        "trained": sum(space.freedom in {"stiefel", "linear"} for space in graph.spaces),
+        "macs": macs.total(),
+        "reachable": sum(macs[module] for module in reachable) / total,
+        # Linear layers alone would not do: ConvNeXt and the mixers have as many.
+        "kind": "transformer" if attends and 2 * linear > total else "cnn",
+        "fixed": held_back(graph, macs)[:3],
+        "notes": list(graph.notes[:5]),
+    }
+
+
+def held_back(graph: SpaceGraph, macs: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Return the reasons of fixed spaces with the MACs of all layers that touch such a space."""
+    layers: dict[str, set[str]] = {}
+    inside = set()
+    for space in graph.spaces:
+        modules = {port.module for port in space.ports if port.parameter == "weight"}
+        inside |= modules
+        if not space.free:
+            # Without names and numbers, the same reason in another layer is the same.
+            reason = re.sub(r"\d+", "#", re.sub(r"'[^']*'", "…", space.reason))
+            layers.setdefault(reason, set()).update(modules)
+    outside = set(macs) - inside
+    if outside:
+        layers["in no channel space"] = outside
+    found = [(reason, sum(macs[m] for m in modules)) for reason, modules in layers.items()]
+    return sorted(found, key=lambda entry: -entry[1])
+
+
+# --- running models
+
+
+def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Apply a function to every tensor of nested tuples and lists."""
+    if isinstance(value, Tensor):
+        return function(value)
+    return type(value)(mapped(function, item) for item in value)
+
+
+@torch.no_grad()
+def run(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    """Run a model without gradients. Inputs are copied: some forwards write on them."""
+    return model(*mapped(torch.clone, inputs))
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """Return the floating-point tensors of a nested output, in order."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        return [t for value in output.values() for t in tensors_of(value)]
+    if isinstance(output, Sequence) and not isinstance(output, str):
+        return [t for value in output for t in tensors_of(value)]
+    return []
+
+
+def difference(left: Any, right: Any) -> float:
+    """Return the largest norm of a difference, relative to the norm on the right; inf for NaN."""
+    errors = [
+        float((a.double() - b.double()).norm() / b.double().norm())
+        if not torch.equal(a, b)
+        else 0.0
+        for a, b in zip(tensors_of(left), tensors_of(right), strict=True)
+    ]
+    return max(errors) if errors and all(map(isfinite, errors)) else inf
+
+
+def count_macs(model: nn.Module, inputs: tuple[Any, ...], names: set[str] | None = None) -> int:
+    """Return the MACs of the convolutions and linear layers that are called in a forward."""
+    found = []
+
+    def count(module: Any, _: Any, result: Any) -> None:
+        found.append(result.numel() // module.weight.shape[0] * module.weight.numel())
+
+    handles = [
+        module.register_forward_hook(count)
+        for name, module in model.named_modules()
+        if isinstance(module, COUNTED) and (names is None or name in names)
+    ]
+    try:
+        run(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sum(found)
+
+
+# --- the subject of the proofs
+
+
+class Recorder:
+    """Starts as another initialiser does, and remembers the channels that each space keeps."""
+
+    def __init__(self, inner: Initializer) -> None:
+        self.inner = inner
+        self.kept: dict[str, Tensor] = {}
+
+    def __call__(self, space: SpaceContext) -> Tensor:
+        basis = self.inner(space)
+        self.kept[space.name] = basis.sum(dim=-1).flatten() > 0.5
+        return basis
+
+
+class Subject:
+    """One model with its small model, made from random orthonormal projections when asked for."""
+
+    def __init__(
+        self, model: nn.Module, inputs: Any, graph: SpaceGraph, plan: torchcap.Plan
+    ) -> None:
+        self.model, self.inputs, self.graph, self.plan = model, inputs, graph, plan
+        self.output = run(model, inputs)
+
+    @cached_property
+    def tolerance(self) -> float:
+        """What may differ: ten times what a change of the inputs by ``NUDGE`` makes of itself.
+
+        For all but a few models that is ``TOLERANCE``. Forwards that compute a part in single
+        precision, or multiply rounding errors, are given what their own rounding makes.
+        """
+        nudged = mapped(lambda tensor: tensor * (1 + NUDGE), self.inputs)
+        single = any(tensor.dtype == torch.float32 for tensor in tensors_of(self.output))
+        grown = 10 * difference(run(self.model, nudged), self.output)
+        return min(LOOSEST, max(LOOSEST if single else TOLERANCE, grown))
+
+    @cached_property
+    def student(self) -> nn.Module:
+        start = torchcap.RandomOrthonormal(torch.Generator().manual_seed(0))
+        return self.prepared(self.plan, start)
+
+    @cached_property
+    def small(self) -> nn.Module:
+        return torchcap.materialize(self.student)
+
+    @cached_property
+    def small_output(self) -> Any:
+        return run(self.small, self.inputs)
+
+    def prepared(self, plan: torchcap.Plan, start: Initializer) -> nn.Module:
+        return torchcap.prepare(self.model, plan=plan, example_inputs=self.inputs, init=start)
+
+    def expect_equal(self, left: Any, right: Any) -> str:
+        """Return the difference in words.
+
+        Raises:
+            ProofError: if it is larger than the tolerance.
+        """
+        error = difference(left, right)
+        if error > self.tolerance:
+            raise ProofError(f"outputs differ by {error:.1e}, more than {self.tolerance:.0e}")
+        return f"{error:.0e}"
+
+
+def proofs(wishes: Wishes) -> dict[str, Callable[[Subject], str]]:
+    """Return all proofs by their titles; each returns what it measured, or raises."""
+    every = {
+        "permutation": prove_permutation,
+        "materialized": prove_materialized,
+        "cost": prove_cost,
+        "gradients": prove_gradients,
+        "modes": prove_modes,
+        "state": prove_state,
+        "masked": prove_masked,
+        "export": prove_export,
+    }
+    return every if wishes.export else {t: p for t, p in every.items() if t != "export"}
+
+
+def outcome(proof: Callable[[Subject], str], subject: Subject) -> Record:
+    """Run one proof and say how it went. What torchcap declines is handed on."""
+    try:
+        return {"outcome": "passed", "detail": proof(subject)}
+    except Skip as reason:
+        return {"outcome": "skipped", "detail": str(reason)}
+    except ProofError as error:
+        return {"outcome": "failed", "detail": str(error)}
+    except torchcap.TorchcapError:
+        raise
+    except Exception:  # the other proofs can still be tried
+        return {"outcome": "failed", "detail": last_lines(traceback.format_exc())}
+
+
+# --- the proofs
+
+
+def prove_permutation(subject: Subject) -> str:
+    """Permuting the channels of every free space leaves the network what it is.
+
+    It does not if the producers alone are permuted: otherwise the proof would tell nothing.
+    """
+    changed, spaces = copy.deepcopy(subject.model), subject.graph.free
+    for space in spaces:
+        _permute_(changed, space, space.producers)
+    half = difference(run(changed, subject.inputs), subject.output)
+    if half < 1e3 * subject.tolerance:
+        raise ProofError(f"it tells nothing: by the producers alone outputs differ by {half:.1e}")
+    for space in spaces:
+        _permute_(changed, space, space.consumers + space.carriers)
+    words = subject.expect_equal(run(changed, subject.inputs), subject.output)
+    return f"{words}, by the producers alone {half:.0e}"
+
+
+def _permute_(model: nn.Module, space: ChannelSpace, ports: Sequence[Port]) -> None:
+    """Move every channel to another place of its block, always to the same one, in some ports."""
+    generator = torch.Generator().manual_seed(0)
+    size = space.channels // space.blocks
+    order = torch.cat([b * size + _cycle(size, generator) for b in range(space.blocks)])
+    for port in ports:
+        for part, places, channels in _entries(model, port):
+            source = places + (order[channels] - channels) * port.repeat
+            part.index_copy_(port.axis, places, part.index_select(port.axis, source))
+
+
+def _cycle(size: int, generator: torch.Generator) -> Tensor:
+    """Return a random permutation that leaves nothing in its place."""
+    walk = torch.randperm(size, generator=generator)
+    return torch.empty_like(walk).index_copy_(0, walk, walk.roll(1))
+
+
+def _entries(model: nn.Module, port: Port) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield where a port keeps its channels: parts of the tensor, the places in each, and channels.
+
+    The input axis of a grouped layer is cut into groups: entry ``g * width + j`` is stored at
+    position ``j`` of the rows of group ``g``. So it has one part for each group.
+    """
+    tensor = getattr(model.get_submodule(port.module), port.parameter).data
+    places = torch.arange(port.channels * port.repeat)
+    channels = port.start + places // port.repeat
+    places += port.offset
+    width, rows = tensor.shape[port.axis], tensor.shape[0] // port.groups
+    for group in range(port.groups):
+        own = places // width == group
+        if own.any():
+            part = tensor[group * rows : (group + 1) * rows] if port.groups > 1 else tensor
+            yield part, places[own] - group * width, channels[own]
+
+
+def prove_materialized(subject: Subject) -> str:
+    """The small model computes what the prepared one computes."""
+    return subject.expect_equal(subject.small_output, run(subject.student, subject.inputs))
+
+
+def prove_cost(subject: Subject) -> str:
+    """The small model has as many MACs as were predicted for it."""
+    named = {call.module for call in subject.graph.calls}
+    counted = count_macs(subject.small, subject.inputs, named)
+    predicted = torchcap.cost(subject.graph, subject.plan).macs
+    if counted != predicted:
+        raise ProofError(f"{counted:,} MACs counted, {predicted:,} predicted")
+    return f"{counted:,} MACs"
+
+
+def prove_gradients(subject: Subject) -> str:
+    """One backward in training mode reaches every projection that is trained."""
+    student = subject.student
+    proxies = torchcap.projection_parameters(student)
+    if not proxies:
+        raise Skip("every free space is a selection, which is not trained")
+    student.train()
+    try:
+        output = student(*mapped(torch.clone, subject.inputs))
+        generator = torch.Generator().manual_seed(0)
+        loss = sum(
+            (tensor * torch.randn(tensor.shape, generator=generator).to(tensor)).sum()
+            for tensor in tensors_of(output)
+        )
+        gradients = torch.autograd.grad(loss, proxies, allow_unused=True)
+    finally:
+        student.eval()
+    names = [space.name for space in subject.graph.free if space.freedom != "selection"]
+    norms = [0.0 if gradient is None else float(gradient.norm()) for gradient in gradients]
+    least = 1e-12 * max(norms)  # a NaN is not larger than it either
+    idle = [name for name, norm in zip(names, norms, strict=True) if not norm > least]
+    if idle:
+        raise ProofError(f"no gradient, or none that is finite, in {len(idle)}: {idle[:5]}")
+    return f"{len(proxies)} projections"
+
+
+def prove_modes(subject: Subject) -> str:
+    """The small model runs in training mode, and is the same in evaluation mode afterwards."""
+    pair = mapped(lambda tensor: torch.cat([tensor, tensor.flip(-1)]), subject.inputs)
+    small, before = subject.small, copy.deepcopy(subject.small.state_dict())
+    try:
+        run(small.train(), pair)
+    except Exception as error:
+        try:
+            run(copy.deepcopy(subject.model).train(), pair)
+        except Exception:  # whatever the original raises, it is no fault of the small one
+            kind = type(error).__name__
+            raise Skip(f"the original does not run in training mode either ({kind})") from None
+        raise
+    finally:
+        small.eval()
+    small.load_state_dict(before)  # the statistics of norms that could not be folded have moved
+    return subject.expect_equal(run(small, subject.inputs), subject.small_output)
+
+
+def prove_state(subject: Subject) -> str:
+    """The saved state of the small model makes an equal one of an empty copy."""
+    file = io.BytesIO()
+    torch.save(subject.small.state_dict(), file)
+    file.seek(0)
+    fresh = copy.deepcopy(subject.small)
+    for tensor in fresh.state_dict().values():
+        tensor.zero_()
+    fresh.load_state_dict(torch.load(file), strict=True)
+    return subject.expect_equal(run(fresh, subject.inputs), subject.small_output)
+
+
+def prove_masked(subject: Subject) -> str:
+    """With selections, the small model is the folded original whose dropped channels are zero.
+
+    Their columns in the consumers are zero, and their rows in the producers, where two spaces meet
+    in a product. Where channels are normed together, those that are dropped would still count, so
+    these spaces keep their width here.
+    """
+    graph, ranks = subject.graph, subject.plan.ranks
+    normed = {space.name for space in graph.free if _is_normed(subject.model, space)}
+    left = {name: rank for name, rank in ranks.items() if name not in normed}
+    if not left:
+        raise Skip(f"the channels of all {len(normed)} free spaces are normed together")
+    recorder = Recorder(torchcap.LargestNorm())
+    small = torchcap.materialize(subject.prepared(torchcap.Plan.of(graph, left), recorder))
+    output = run(small, subject.inputs)
+    del small
+    masked = copy.deepcopy(subject.model)
+    fold_(masked, graph.folds)
+    folded = graph.after_folding()
+    for name in left:
+        for port in folded[name].producers + folded[name].consumers:
+            for part, places, channels in _entries(masked, port):
+                part.index_fill_(port.axis, places[~recorder.kept[name][channels]], 0.0)
+    words = subject.expect_equal(output, run(masked, subject.inputs))
+    return f"{words}, without {len(normed)} spaces that are normed" if normed else words
+
+
+def _is_normed(model: nn.Module, space: ChannelSpace) -> bool:
+    """Whether the statistics of a norm run over the channels of a space."""
+    kinds = {type(model.get_submodule(port.module)).__name__ for port in space.carriers}
+    alone = {kind for kind in kinds if "Norm" in kind and "BatchNorm" not in kind}
+    return bool(alone) or re.search(r"\bnorm\b", space.reason) is not None
+
+
+def prove_export(subject: Subject) -> str:
+    """The exported small model computes the same."""
+    with warnings.catch_warnings(action="ignore"):
+        exported = torch.export.export(subject.small, mapped(torch.clone, subject.inputs))
+    return subject.expect_equal(run(exported.module(), subject.inputs), subject.small_output)
+
+
+# --- the same by Torch-Pruning
+
+
+def try_peer(name: str) -> Record:
+    """Let Torch-Pruning take half of the channels of a model, all but those of the classifier."""
+    import torch_pruning as tp  # noqa: PLC0415 - a development extra
+
+    try:
+        torch.manual_seed(0)
+        model = build(name)
+        inputs = example_inputs(name, model)
+        before = count_macs(model, inputs)
+        classes = tensors_of(run(model, inputs))[0].shape[1]
+        # Heads are cut evenly only if they are named, and attention has to be told its new size.
+        attentions = [m for m in model.modules() if hasattr(m, "qkv") and hasattr(m, "num_heads")]
+        pruner = tp.pruner.BasePruner(
+            model,
+            inputs[0] if len(inputs) == 1 else inputs,
+            tp.importance.MagnitudeImportance(p=2),
+            pruning_ratio=RATIO,
+            ignored_layers=[
+                module
+                for module in model.modules()
+                if isinstance(module, COUNTED) and module.weight.shape[0] == classes
+            ],
+            num_heads={m.qkv: m.num_heads for m in attentions if isinstance(m.qkv, COUNTED)},
+        )
+        pruner.step()
+        for attention in attentions:
+            if isinstance(attention.qkv, nn.Linear) and hasattr(attention, "head_dim"):
+                attention.head_dim = attention.qkv.out_features // (3 * attention.num_heads)
+        after = count_macs(model, inputs)
+    except Exception:  # of another library: any
+        return {"status": "failed", "message": last_lines(traceback.format_exc(), 2)}
+    if after >= before:
+        return {"status": "failed", "message": f"{after:,} MACs after, {before:,} before"}
+    return {"status": "compressed", "macs_left": after / before}
