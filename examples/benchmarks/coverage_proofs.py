@@ -19,7 +19,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import inf, isfinite, prod
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +43,16 @@ TOLERANCE = 1e-8  # relative, of outputs in float64
 NUDGE = 1e-13  # relative change of the inputs that shows how a model's own rounding grows
 LOOSEST = 1e-4  # beyond this a comparison tells nothing
 SECTION = {"segmentation": 224, "detection": 320, "optical_flow": 128}  # height and width
+# What a detector is made of. Which boxes it puts out hangs on ties, which rounding breaks.
+DETECTORS = (
+    "backbone", "head", "rpn.head",
+    *(f"roi_heads.{what}_{part}" for what in ("box", "mask", "keypoint")
+      for part in ("head", "predictor")),
+)  # fmt: skip
 COUNTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 Record = dict[str, Any]
+Sections = dict[str, tuple[Any, ...]]
 
 
 class Skip(Exception):  # noqa: N818 - not an error
@@ -199,7 +206,7 @@ def build_for_proofs(name: str, record: Record) -> tuple[nn.Module, Any]:
             inputs = mapped(lambda tensor: tensor.to(dtype), example_inputs(name, model))  # noqa: B023
             randomize_(model, torch.Generator().manual_seed(1), noise)
             try:
-                found = tensors_of(run(model, inputs))
+                found = tensors_of(look(model, inputs, sections_of(model, inputs)))
             except Exception as error:  # the model's own; the next attempt may do
                 problem = f"{type(error).__name__}: {str(error)[:300]}"
                 break  # of another noise it would not run either
@@ -283,16 +290,46 @@ def held_back(graph: SpaceGraph, macs: Mapping[str, int]) -> list[tuple[str, int
 
 
 def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """Apply a function to every tensor of nested tuples and lists."""
+    """Apply a function to every tensor of nested tuples, lists and mappings."""
     if isinstance(value, Tensor):
         return function(value)
-    return type(value)(mapped(function, item) for item in value)
+    if isinstance(value, Mapping):
+        return {key: mapped(function, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(mapped(function, item) for item in value)
+    return value
 
 
 @torch.no_grad()
 def run(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
     """Run a model without gradients. Inputs are copied: some forwards write on them."""
     return model(*mapped(torch.clone, inputs))
+
+
+def sections_of(model: nn.Module, inputs: tuple[Any, ...]) -> Sections:
+    """Return the parts of a detector, with what the original gives to each; of others, none."""
+    sections: Sections = {}
+    handles = []
+    if type(model).__module__.startswith("torchvision.models.detection"):
+        for path, module in model.named_modules():
+            if path in DETECTORS:
+                keep = partial(_keep_arguments, sections, path)
+                handles.append(module.register_forward_pre_hook(keep))
+        run(model, inputs)
+    for handle in handles:
+        handle.remove()
+    return sections
+
+
+def _keep_arguments(sections: Sections, path: str, _: Any, args: tuple[Any, ...]) -> None:
+    sections[path] = mapped(torch.clone, args)
+
+
+def look(model: nn.Module, inputs: tuple[Any, ...], sections: Sections) -> Any:
+    """Return the outputs of all sections, or where there are none, of the model."""
+    if not sections:
+        return run(model, inputs)
+    return [run(model.get_submodule(path), args) for path, args in sections.items()]
 
 
 def tensors_of(output: Any) -> list[Tensor]:
@@ -360,7 +397,12 @@ class Subject:
         self, model: nn.Module, inputs: Any, graph: SpaceGraph, plan: torchcap.Plan
     ) -> None:
         self.model, self.inputs, self.graph, self.plan = model, inputs, graph, plan
-        self.output = run(model, inputs)
+        self.sections = sections_of(model, inputs)
+        self.output = self.look(model)
+
+    def look(self, model: nn.Module) -> Any:
+        """Return what is compared: the outputs of a model, or of a detector's sections."""
+        return look(model, self.inputs, self.sections)
 
     @cached_property
     def tolerance(self) -> float:
@@ -369,9 +411,12 @@ class Subject:
         For all but a few models that is ``TOLERANCE``. Forwards that compute a part in single
         precision, or multiply rounding errors, are given what their own rounding makes.
         """
-        nudged = mapped(lambda tensor: tensor * (1 + NUDGE), self.inputs)
+        inputs, sections = (
+            mapped(lambda tensor: tensor * (1 + NUDGE), given)
+            for given in (self.inputs, self.sections)
+        )
         single = any(tensor.dtype == torch.float32 for tensor in tensors_of(self.output))
-        grown = 10 * difference(run(self.model, nudged), self.output)
+        grown = 10 * difference(look(self.model, inputs, sections), self.output)
         return min(LOOSEST, max(LOOSEST if single else TOLERANCE, grown))
 
     @cached_property
@@ -385,7 +430,7 @@ class Subject:
 
     @cached_property
     def small_output(self) -> Any:
-        return run(self.small, self.inputs)
+        return self.look(self.small)
 
     def prepared(self, plan: torchcap.Plan, start: Initializer) -> nn.Module:
         return torchcap.prepare(self.model, plan=plan, example_inputs=self.inputs, init=start)
@@ -442,12 +487,12 @@ def prove_permutation(subject: Subject) -> str:
     changed, spaces = copy.deepcopy(subject.model), subject.graph.free
     for space in spaces:
         _permute_(changed, space, space.producers)
-    half = difference(run(changed, subject.inputs), subject.output)
+    half = difference(subject.look(changed), subject.output)
     if half < 1e3 * subject.tolerance:
         raise ProofError(f"it tells nothing: by the producers alone outputs differ by {half:.1e}")
     for space in spaces:
         _permute_(changed, space, space.consumers + space.carriers)
-    words = subject.expect_equal(run(changed, subject.inputs), subject.output)
+    words = subject.expect_equal(subject.look(changed), subject.output)
     return f"{words}, by the producers alone {half:.0e}"
 
 
@@ -488,7 +533,7 @@ def _entries(model: nn.Module, port: Port) -> Iterator[tuple[Tensor, Tensor, Ten
 
 def prove_materialized(subject: Subject) -> str:
     """The small model computes what the prepared one computes."""
-    return subject.expect_equal(subject.small_output, run(subject.student, subject.inputs))
+    return subject.expect_equal(subject.small_output, subject.look(subject.student))
 
 
 def prove_cost(subject: Subject) -> str:
@@ -509,7 +554,8 @@ def prove_gradients(subject: Subject) -> str:
         raise Skip("every free space is a selection, which is not trained")
     student.train()
     try:
-        output = student(*mapped(torch.clone, subject.inputs))
+        parts = subject.sections or {"": subject.inputs}
+        output = [student.get_submodule(p)(*mapped(torch.clone, a)) for p, a in parts.items()]
         generator = torch.Generator().manual_seed(0)
         loss = sum(
             (tensor * torch.randn(tensor.shape, generator=generator).to(tensor)).sum()
@@ -543,7 +589,7 @@ def prove_modes(subject: Subject) -> str:
     finally:
         small.eval()
     small.load_state_dict(before)  # the statistics of norms that could not be folded have moved
-    return subject.expect_equal(run(small, subject.inputs), subject.small_output)
+    return subject.expect_equal(subject.look(small), subject.small_output)
 
 
 def prove_state(subject: Subject) -> str:
@@ -555,7 +601,7 @@ def prove_state(subject: Subject) -> str:
     for tensor in fresh.state_dict().values():
         tensor.zero_()
     fresh.load_state_dict(torch.load(file), strict=True)
-    return subject.expect_equal(run(fresh, subject.inputs), subject.small_output)
+    return subject.expect_equal(subject.look(fresh), subject.small_output)
 
 
 def prove_masked(subject: Subject) -> str:
@@ -572,7 +618,7 @@ def prove_masked(subject: Subject) -> str:
         raise Skip(f"the channels of all {len(normed)} free spaces are normed together")
     recorder = Recorder(torchcap.LargestNorm())
     small = torchcap.materialize(subject.prepared(torchcap.Plan.of(graph, left), recorder))
-    output = run(small, subject.inputs)
+    output = subject.look(small)
     del small
     masked = copy.deepcopy(subject.model)
     fold_(masked, graph.folds)
@@ -581,7 +627,7 @@ def prove_masked(subject: Subject) -> str:
         for port in folded[name].producers + folded[name].consumers:
             for part, places, channels in _entries(masked, port):
                 part.index_fill_(port.axis, places[~recorder.kept[name][channels]], 0.0)
-    words = subject.expect_equal(output, run(masked, subject.inputs))
+    words = subject.expect_equal(output, subject.look(masked))
     return f"{words}, without {len(normed)} spaces that are normed" if normed else words
 
 
