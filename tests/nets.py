@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers.grn import GlobalResponseNorm
+from timm.layers.norm import RmsNorm2d, SimpleNorm2d
 from timm.layers.std_conv import ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 
@@ -762,6 +763,29 @@ class LayerNormed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.embed(x).permute(0, 2, 3, 1))
         return self.last(F.gelu(self.mix(x))).permute(0, 3, 1, 2)
+
+
+@truth(
+    Space(8, "selection", "conv1", "conv2", "norm1", "norm over channels 'norm1'"),
+    Space(6, "selection", "conv2", "mix", "norm2", "norm over channels 'norm2'"),
+    Space(5, "selection", "mix", "more", "norm3", "norm over channels 'norm3'"),
+    Space(7, "fixed", "more", reason="'bare' (LayerNorm) counts its channels"),
+    Space(4, "fixed", "last", reason=OUTPUT),
+)
+class NormsOfManyKinds(nn.Module):
+    """Norms over the channels: with weights they are carried, and without they count channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = conv(3, 8), SimpleNorm2d(8)
+        self.conv2, self.norm2 = conv(8, 6), RmsNorm2d(6)
+        self.mix, self.norm3 = nn.Linear(6, 5), nn.RMSNorm(5)
+        self.more, self.bare = nn.Linear(5, 7), nn.LayerNorm(7, elementwise_affine=False)
+        self.last = nn.Linear(7, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm2(self.conv2(self.norm1(self.conv1(x)))).permute(0, 2, 3, 1)
+        return self.last(self.bare(self.more(self.norm3(self.mix(x)))))
 
 
 @truth(

@@ -118,7 +118,7 @@ def _act_is_pointwise(call: Call) -> bool:
 
 
 def layer_norm(call: Call) -> Value:
-    """Layer normalisation over the last dimension."""
+    """Layer normalisation over the last dimension, or root mean square normalisation."""
     return _norm_over_channels(call, len(call.shape) - 1)
 
 
@@ -134,6 +134,8 @@ def _norm_over_channels(call: Call, dim: int) -> Value:
     shape = getattr(call.module, "normalized_shape", ())
     if x.dim != dim or len(shape) != 1 or not call.plain("weight", "bias"):
         return call.give_up(f"{call.label} does not normalise over the channels alone")
+    if not call.has("weight"):
+        return call.give_up(f"{call.label} counts its channels, and has no weight that shows them")
     if not _act_is_pointwise(call):
         return call.give_up(f"the activation inside {call.label} has no rule")
     _carry(call, x, ("weight", "bias"), 0, f"norm over channels {call.path!r}")

@@ -138,12 +138,22 @@ _PADS = (
     nn.ReplicationPad2d, nn.ReplicationPad3d, F.pad,
 )  # fmt: skip
 
+_NORMS_OF_THE_LAST_DIMENSION = (
+    nn.LayerNorm, tl.LayerNorm, timm_norm.LayerNormFp32, nn.RMSNorm,
+    timm_norm.RmsNorm, timm_norm.RmsNormFp32, timm_norm.SimpleNorm, timm_norm.SimpleNormFp32,
+)  # fmt: skip
+_NORMS_OF_AN_IMAGE = (
+    tl.LayerNorm2d, timm_norm.LayerNorm2dFp32, TorchvisionLayerNorm2d, tl.LayerNormAct2d,
+    timm_norm.RmsNorm2d, timm_norm.RmsNorm2dFp32, timm_norm.SimpleNorm2d,
+    timm_norm.SimpleNorm2dFp32,
+)  # fmt: skip
+
 RULES: Mapping[Target, Rule] = {
     **dict.fromkeys(CONVOLUTIONS, convolution),
     **dict.fromkeys(LINEARS, linear),
     **dict.fromkeys(BATCH_NORMS, batch_norm),
-    **dict.fromkeys((nn.LayerNorm, tl.LayerNorm, timm_norm.LayerNormFp32), layer_norm),
-    **dict.fromkeys((tl.LayerNorm2d, TorchvisionLayerNorm2d, tl.LayerNormAct2d), layer_norm_2d),
+    **dict.fromkeys(_NORMS_OF_THE_LAST_DIMENSION, layer_norm),
+    **dict.fromkeys(_NORMS_OF_AN_IMAGE, layer_norm_2d),
     **dict.fromkeys((nn.GroupNorm, tl.GroupNorm, tl.GroupNorm1, tl.GroupNormAct), group_norm),
     GlobalResponseNorm: global_response_norm,
     ConvMlp: conv_mlp,

@@ -156,8 +156,8 @@ def _set_width_(module: nn.Module, parameter: str, axis: int, width: int) -> Non
         module.num_features = width
     elif isinstance(module, nn.GroupNorm):
         module.num_channels = width
-    elif isinstance(module, nn.LayerNorm):
-        module.normalized_shape = (width,)
+    elif isinstance(getattr(module, "normalized_shape", None), tuple):  # layer and RMS norms
+        setattr(module, "normalized_shape", (width,))  # noqa: B010 - of no known type
     elif isinstance(module, nn.PReLU):
         module.num_parameters = width
 
