@@ -1124,10 +1124,10 @@ class CumulativeSum(nn.Module):
 
 
 @truth(
-    Space(8, "fixed", "conv1", reason="no rule for 'softmax'"),
+    Space(8, "fixed", "conv1", reason="'softmax' acts along the channels"),
     Space(6, "fixed", "conv2", reason="no rule for 'norm' (InstanceNorm2d)"),
     Space(4, "fixed", "conv3", reason=OUTPUT),
-    notes=("no rule for 'softmax' (1 use)", "no rule for 'norm' (InstanceNorm2d) (1 use)"),
+    notes=("no rule for 'norm' (InstanceNorm2d) (1 use)",),
 )
 class SoftmaxOverChannels(nn.Module):
     def __init__(self) -> None:
