@@ -1125,16 +1125,16 @@ class CumulativeSum(nn.Module):
 
 @truth(
     Space(8, "fixed", "conv1", reason="'softmax' acts along the channels"),
-    Space(6, "fixed", "conv2", reason="no rule for 'norm' (InstanceNorm2d)"),
+    Space(6, "fixed", "conv2", reason="no rule for 'norm' (LocalResponseNorm)"),
     Space(4, "fixed", "conv3", reason=OUTPUT),
-    notes=("no rule for 'norm' (InstanceNorm2d) (1 use)",),
+    notes=("no rule for 'norm' (LocalResponseNorm) (1 use)",),
 )
 class SoftmaxOverChannels(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv1 = conv(3, 8)
         self.conv2 = conv(8, 6)
-        self.norm = nn.InstanceNorm2d(6)
+        self.norm = nn.LocalResponseNorm(3)
         self.conv3 = conv(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1143,7 +1143,7 @@ class SoftmaxOverChannels(nn.Module):
 
 
 @truth(
-    Space(8, "fixed", "conv1", reason="its number of channels is computed with"),
+    Space(8, "fixed", "conv1", reason="in another order", blocks=2),
     Space(6, "stiefel", "conv2", "conv3"),
     Space(4, "fixed", "conv3", reason=OUTPUT),
     notes=(),
@@ -1164,7 +1164,7 @@ class ChannelShuffle(nn.Module):
 
 
 @truth(
-    Space(8, "fixed", "conv1", reason="reshaped across the channels"),
+    Space(8, "fixed", "conv1", reason="reshaped to a fixed number of channels"),
     Space(6, "fixed", "conv2", reason="indexed along the channels"),
     Space(4, "fixed", "conv3", reason=OUTPUT),
 )

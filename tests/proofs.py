@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from math import inf, isfinite
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from fvcore.nn import FlopCountAnalysis, parameter_count
 from torch import Tensor, nn
 
-from torchcap import Plan, RandomOrthonormal, SpaceGraph, materialize, prepare
+from torchcap import Plan, RandomOrthonormal, SpaceGraph, analyze, materialize, prepare
 from torchcap.graph.spaces import ChannelSpace, Port
 from torchcap.projection.initialize import SpaceContext
+from torchcap.transform.fold import fold_
 
 # --------------------------------------------------------------------------------------------------
 # Outputs
@@ -154,6 +156,68 @@ def identity_error(model: nn.Module, inputs: Any) -> float:
 def materialize_error(student: nn.Module, inputs: Any) -> float:
     """Return how far the materialized model is from the prepared one."""
     return relative_difference(materialize(student)(*inputs), student(*inputs))
+
+
+# --------------------------------------------------------------------------------------------------
+# The meaning: a selection is the original without the channels that are dropped
+
+
+class RandomSelection:
+    """Columns of the identity, drawn at random; remembers the channels that each space keeps."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.kept: dict[str, Tensor] = {}
+
+    def __call__(self, space: SpaceContext) -> Tensor:
+        basis = torch.zeros(space.blocks, space.block_channels, space.block_rank)
+        for block in basis:
+            chosen = torch.randperm(space.block_channels, generator=self.generator)
+            block[chosen[: space.block_rank], torch.arange(space.block_rank)] = 1.0
+        self.kept[space.name] = basis.sum(-1).flatten().bool()
+        return basis.double()
+
+
+def selection_error(
+    model: nn.Module, plan: Plan, inputs: Any, seed: int = 0, *, streams: bool = False
+) -> float | None:
+    """Return how far a small model is from the original where the dropped channels are zeros.
+
+    Norms count the channels that they run over, so their spaces keep the full width. None where no
+    space is left.
+    """
+    graph = analyze(model, inputs, streams=streams)
+    ranks = {n: rank for n, rank in plan.ranks.items() if not _is_normed(model, graph[n])}
+    if not ranks:
+        return None
+    start = RandomSelection(seed)
+    plan = Plan.of(graph, ranks)
+    student = prepare(model, plan=plan, example_inputs=inputs, init=start, streams=streams)
+    small = materialize(student)
+    masked = copy.deepcopy(model)
+    fold_(masked, graph.folds)
+    for space in graph.after_folding().spaces:
+        for port in space.producers + space.consumers if space.name in ranks else ():
+            _clear_port_(masked, port, ~start.kept[space.name])
+    with torch.no_grad():
+        return relative_difference(small(*inputs), masked(*inputs))
+
+
+def _is_normed(model: nn.Module, space: ChannelSpace) -> bool:
+    kinds = {type(model.get_submodule(port.module)).__name__ for port in space.carriers}
+    return any(re.search("(Layer|Group|Rms|RMS|Response)Norm", kind) for kind in kinds)
+
+
+@torch.no_grad()
+def _clear_port_(model: nn.Module, port: Port, dropped: Tensor) -> None:
+    tensor = getattr(model.get_submodule(port.module), port.parameter).data
+    inside = dropped[port.start : port.start + port.channels].repeat_interleave(port.repeat)
+    entries = port.offset + inside.nonzero().flatten()
+    # The input axis of a grouped layer is cut into groups, as in _permute_port_.
+    width, rows = tensor.shape[port.axis], tensor.shape[0] // port.groups
+    for group in range(port.groups):
+        part = tensor[group * rows : (group + 1) * rows] if port.groups > 1 else tensor
+        part.index_fill_(port.axis, entries[entries // width == group] - group * width, 0.0)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -14,6 +14,9 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
+from timm.layers.grn import GlobalResponseNorm
+from timm.layers.norm import LayerNorm2d
+from timm.layers.std_conv import ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -80,16 +83,35 @@ class Grouped:
 
 
 @dataclass(frozen=True)
+class Standardised:
+    width: int
+    scaled: bool
+
+    def build(self, channels: int) -> tuple[nn.Module, int]:
+        kind = ScaledStdConv2d if self.scaled else StdConv2d
+        layers = [kind(channels, self.width, 3, padding=1, bias=True), nn.BatchNorm2d(self.width)]
+        return nn.Sequential(*layers[: 1 if self.scaled else 2], nn.SiLU()), self.width
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm2d,
+    "group": lambda channels: nn.GroupNorm(gcd(channels, 2), channels),
+    "layer": LayerNorm2d,
+    "instance": lambda channels: nn.Sequential(  # which refuses images of one pixel
+        nn.Upsample(size=(4, 4)), nn.InstanceNorm2d(channels, affine=True)
+    ),
+    "response": lambda channels: GlobalResponseNorm(channels, channels_last=False),
+}
+
+
+@dataclass(frozen=True)
 class Norm:
     """A norm that stands by itself."""
 
     kind: str
 
     def build(self, channels: int) -> tuple[nn.Module, int]:
-        if self.kind == "batch":
-            return nn.BatchNorm2d(channels), channels
-        groups = gcd(channels, 2)
-        return nn.GroupNorm(groups, channels), channels
+        return NORMS[self.kind](channels), channels
 
 
 @dataclass(frozen=True)
@@ -169,6 +191,8 @@ class Halves(nn.Module):
         left, right = self.left(left), self.right(right)
         if self.join == "gate":
             return left * torch.sigmoid(right)
+        if self.join == "glu":
+            return F.glu(torch.cat([left, right], 1), dim=1)
         return left + right if self.join == "add" else torch.cat([right, left], 1)
 
 
@@ -183,8 +207,8 @@ class Chunk:
         if channels % 2:
             return nn.Identity(), channels
         half = channels // 2
-        if self.join == "gate":
-            return Halves(nn.Identity(), nn.Identity(), "gate"), half
+        if self.join in {"gate", "glu"}:
+            return Halves(nn.Identity(), nn.Identity(), self.join), half
         left, right = conv(half, self.width), conv(half, self.width, 1)
         width = self.width if self.join == "add" else 2 * self.width
         return Halves(left, right, self.join), width
@@ -201,12 +225,51 @@ class Gate(nn.Module):
         return x * torch.sigmoid(self.excite(gate))
 
 
+class FlatGate(nn.Module):
+    """The same with linear layers."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Linear(channels, width)
+        self.excite = nn.Linear(width, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels = x.shape[:2]
+        gate = F.relu(self.squeeze(F.adaptive_avg_pool2d(x, 1).view(batch, channels)))
+        return x * torch.sigmoid(self.excite(gate)).view(batch, channels, 1, 1).expand_as(x)
+
+
 @dataclass(frozen=True)
 class SqueezeExcite:
     width: int
+    flat: bool = False
 
     def build(self, channels: int) -> tuple[nn.Module, int]:
-        return Gate(channels, self.width), channels
+        return (FlatGate if self.flat else Gate)(channels, self.width), channels
+
+
+class Paths(nn.Module):
+    """Sums branches, each with a gate of its own for every channel (SKNet, ResNeSt)."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.both = nn.ModuleList([conv_norm(channels, width), conv_norm(channels, width)])
+        self.squeeze = conv(width, 3, 1)
+        self.gates = nn.ModuleList([conv(3, width, 1), conv(3, width, 1)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        paths = torch.stack([path(x) for path in self.both], dim=1)
+        seen = F.relu(self.squeeze(paths.sum(1).mean((2, 3), keepdim=True)))
+        gates = torch.stack([gate(seen) for gate in self.gates], dim=1)
+        return (paths * torch.softmax(gates, dim=1)).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class Select:
+    width: int
+
+    def build(self, channels: int) -> tuple[nn.Module, int]:
+        return Paths(channels, self.width), self.width
 
 
 class Twice(nn.Module):
@@ -236,6 +299,266 @@ class Shared:
             return Twice(conv(channels, self.width), conv(self.width, self.width)), self.width
         first, shared = conv(channels, channels, 1), conv(channels, self.width)
         return Siamese(first, shared), 2 * self.width
+
+
+# --------------------------------------------------------------------------------------------------
+# Stages without layers: each a function of the image
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def cut(x: Tensor) -> Tensor:
+    """Keep the channels and put them at the pixels of a smaller image."""
+    batch, channels, height, width = x.shape
+    return x.flatten(2).view(batch, channels, height, width)
+
+
+def there(x: Tensor) -> Tensor:
+    return F.pixel_unshuffle(F.interpolate(x, size=(6, 6)), 2)
+
+
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    middle = x.shape[1] // 2
+    return x[:, :middle], x[:, middle:]
+
+
+def shuffled(x: Tensor, *, in_groups: bool) -> Tensor:
+    """Deal the channels out anew, as ShuffleNet does, or back."""
+    batch, channels, height, width = x.shape
+    groups = (2, channels // 2) if in_groups else (channels // 2, 2)
+    x = x.view(batch, *groups, height, width).transpose(1, 2)
+    return x.reshape(batch, channels, height, width)
+
+
+WIDEST = 64  # channels, so that no drawn network takes long
+
+# The last ones act along the channels. The number says how many channels come out for each.
+FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "last and back": (lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), 1),
+    "transposed": (lambda x: x.transpose(2, 3).neg(), 1),
+    "batch in front": (lambda x: x.permute(1, 0, 2, 3).transpose(0, 1), 1),
+    "nearest": (lambda x: F.interpolate(x, size=(9, 7)), 1),
+    "bilinear": (lambda x: F.interpolate(x, size=(5, 6), mode="bilinear", align_corners=False), 1),
+    "means of rows": (lambda x: x - x.mean(2, keepdim=True), 1),
+    "context": (lambda x: x * 2 + x.mean((2, 3))[:, :, None, None], 1),
+    "share": (lambda x: x / (x.abs().sum((2, 3), keepdim=True) + 1), 1),
+    "rolled": (lambda x: x.roll((1, 2), (2, 3)).flip(-1), 1),
+    "padded": (lambda x: F.pad(x, (1, 0, 0, 1), value=0.5)[..., 1:, :-1], 1),
+    "stacked": (lambda x: torch.stack([x, F.relu(x)], 1).mean(1), 1),
+    "unbound": (lambda x: torch.stack(x.unbind(3)[::-1], 3), 1),
+    "neighbours": (lambda x: x.unsqueeze(2).expand(-1, -1, 2, -1, -1).flatten(1, 2), 2),
+    "windows": (lambda x: F.pixel_unshuffle(F.interpolate(x, size=(8, 8)), 2), 4),
+    "windows and back": (lambda x: F.pixel_shuffle(there(x), 2), 1),
+    "in place": (lambda x: x.clone().mul_(2).add_(1).relu_(), 1),
+    "positions": (cut, 1),
+    "twice": (lambda x: torch.cat([x, F.avg_pool2d(x, 3, 1, 1)], 1), 2),
+    "largest": (lambda x: torch.maximum(x, -x), 1),
+    "cumulated": (lambda x: x.cumsum(1), 1),
+    "softmax": (lambda x: x.softmax(1), 1),
+    "normalised": (lambda x: F.normalize(x, dim=1), 1),
+    "next channel": (lambda x: x.roll(1, 1), 1),
+    "turned": (lambda x: x.flip(1), 1),
+    "rotated": (lambda x: torch.cat([x[:, 1:], x[:, :1]], 1), 1),
+    "centred": (lambda x: x - x.mean(1, keepdim=True), 1),
+    "counted": (lambda x: x / x.shape[1], 1),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Moved:
+    """An operator without parameters."""
+
+    name: str
+
+    def build(self, channels: int) -> tuple[nn.Module, int]:
+        function, factor = FUNCTIONS[self.name]
+        if factor * channels > WIDEST:
+            return nn.Identity(), channels
+        return Function(function), factor * channels
+
+
+# These need an even number of channels.
+PAIRED: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "shuffled": (lambda x: shuffled(x, in_groups=True), 2),
+    "shuffled back": (lambda x: shuffled(x, in_groups=False), 2),
+    "swapped": (lambda x: torch.cat(halves(x)[::-1], 1), 2),
+    "first half": (lambda x: halves(x)[0], 1),
+    "joined halves": (lambda x: halves(x)[0] * halves(x)[1], 1),
+    "groups": (lambda x: x.unflatten(1, (2, -1)).sum(1), 1),
+}
+
+
+@dataclass(frozen=True)
+class Paired:
+    """An operator on two halves or on pairs of channels."""
+
+    name: str
+
+    def build(self, channels: int) -> tuple[nn.Module, int]:
+        function, share = PAIRED[self.name]
+        return (
+            (nn.Identity(), channels)
+            if channels % 2
+            else (Function(function), channels // 2 * share)
+        )
+
+
+class Scaled(nn.Module):
+    def __init__(self, shape: tuple[int, ...], how: str) -> None:
+        super().__init__()
+        self.term = nn.Parameter(torch.rand(shape) + 1.5)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "divide":
+            return x / self.term
+        return x * self.term if self.how == "multiply" else x + self.term
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter that is no layer's: one number, or one for each channel or row."""
+
+    how: str
+    each: str
+
+    def build(self, channels: int) -> tuple[nn.Module, int]:
+        shapes = {
+            "one": (1,),
+            "channel": (channels, 1, 1),
+            "channel and batch": (1, channels, 1, 1),
+        }
+        return Scaled(shapes[self.each], self.how), channels
+
+
+# --------------------------------------------------------------------------------------------------
+# Stages over tokens, which come back as an image
+
+
+class Tokens(nn.Module):
+    """Reads an image as tokens, whose channels stand last."""
+
+    def __init__(self, inside: nn.Module, *, flat: bool) -> None:
+        super().__init__()
+        self.inside, self.flat = inside, flat
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.flat:
+            return self.inside(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        batch, _, height, width = x.shape
+        x = self.inside(x.flatten(2).transpose(1, 2))
+        return x.transpose(1, 2).reshape(batch, -1, height, width)
+
+
+class Mlp(nn.Module):
+    def __init__(self, channels: int, interior: int, width: int, *, gated: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.fc1 = nn.Linear(channels, interior * (2 if gated else 1))
+        self.fc2 = nn.Linear(interior, width)
+        self.scale = nn.Parameter(torch.rand(width) + 0.5)
+        self.gated, self.residual = gated, width == channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc1(self.norm(x))
+        if self.gated:
+            value, gate = y.chunk(2, dim=-1)
+            y = value * F.gelu(gate)
+        else:
+            y = F.gelu(y)
+        y = self.fc2(y) * self.scale
+        return x + y if self.residual else y
+
+
+@dataclass(frozen=True)
+class Feedforward:
+    interior: int
+    width: int | None  # None: a residual MLP; a number: to that width
+    gated: bool
+    flat: bool
+
+    def build(self, channels: int) -> tuple[nn.Module, int]:
+        width = self.width or channels
+        inside = Mlp(channels, self.interior, width, gated=self.gated)
+        return Tokens(inside, flat=self.flat), width
+
+
+SCALINGS = ("none", "fused", "held", "width", "shape")
+
+
+class Attention(nn.Module):
+    """Attention in the ways that people write it: how queries and keys are scaled, and put."""
+
+    def __init__(self, channels: int, heads: int, width: int, scaling: str, *, joint: bool) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(channels, 3 * heads * width)
+        self.project = nn.Linear(heads * width, channels)
+        self.heads, self.width, self.scale = heads, width, width**-0.5
+        self.scaling, self.joint = scaling, joint
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, count, _ = x.shape
+        if self.joint:
+            parts = self.qkv(x).reshape(batch, count, 3, self.heads, self.width)
+            query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            query, key, value = self.qkv(x).chunk(3, dim=-1)
+            query = query.view(batch, count, self.heads, -1).transpose(1, 2)
+            key = key.view(batch, count, self.heads, -1).transpose(1, 2)
+            value = value.view(batch, count, self.heads, -1).transpose(1, 2)
+        y = self.attend(query, key, value).transpose(1, 2)
+        return x + self.project(y.flatten(2) if self.joint else y.reshape(batch, count, -1))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self.scaling == "fused":
+            return F.scaled_dot_product_attention(query, key, value)
+        if self.scaling == "held":
+            query = query * self.scale
+        scores = query @ key.transpose(-2, -1)
+        if self.scaling == "width":
+            scores = scores / self.width**0.5
+        if self.scaling == "shape":
+            scores = scores * query.shape[-1] ** -0.5
+        return scores.softmax(dim=-1) @ value
+
+
+@dataclass(frozen=True)
+class Attend:
+    heads: int
+    width: int
+    scaling: str
+    joint: bool
+
+    def build(self, channels: int) -> tuple[nn.Module, int]:
+        inside = Attention(channels, self.heads, self.width, self.scaling, joint=self.joint)
+        return Tokens(inside, flat=True), channels
+
+
+class Places(nn.Module):
+    """Mixes positions, not channels (MLP-Mixer)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.mix = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.adaptive_avg_pool2d(x, 2).flatten(2)
+        y = self.norm(x.transpose(1, 2)).transpose(1, 2)
+        return (x + F.gelu(self.mix(y))).unflatten(2, (2, 2))
+
+
+@dataclass(frozen=True)
+class Mix:
+    def build(self, channels: int) -> tuple[nn.Module, int]:
+        return Places(channels), channels
 
 
 # --------------------------------------------------------------------------------------------------
@@ -281,23 +604,44 @@ widths = st.integers(2, 8)
 acts = st.sampled_from(sorted(ACTIVATIONS))
 convs = st.builds(Conv, widths, st.sampled_from([1, 3]), st.booleans(), acts)
 
-stages = st.one_of(
+layers = st.one_of(
     convs,
     st.builds(Depthwise, st.integers(1, 2), st.booleans(), acts),
     st.builds(Grouped, st.sampled_from([2, 3, 4]), st.integers(1, 3)),
-    st.builds(Norm, st.sampled_from(["batch", "group"])),
+    st.builds(Standardised, widths, st.booleans()),
+    st.builds(Norm, st.sampled_from(sorted(NORMS))),
     st.builds(Pointwise, acts, st.booleans()),
     st.builds(Pool, st.sampled_from(["max", "average"])),
+)
+branches = st.one_of(
     st.builds(Residual, widths, st.none() | widths),
     st.builds(Concat, st.lists(widths, min_size=1, max_size=3).map(tuple), st.booleans()),
-    st.builds(Chunk, st.sampled_from(["gate", "add", "swap"]), widths),
-    st.builds(SqueezeExcite, st.integers(1, 4)),
+    st.builds(Chunk, st.sampled_from(["gate", "glu", "add", "swap"]), widths),
+    st.builds(SqueezeExcite, st.integers(1, 4), st.booleans()),
+    st.builds(Select, widths),
     st.builds(Shared, st.booleans(), widths),
 )
+functions = st.one_of(
+    st.builds(Moved, st.sampled_from(list(FUNCTIONS))),
+    st.builds(
+        Parameter,
+        st.sampled_from(["multiply", "divide", "add"]),
+        st.sampled_from(["one", "channel", "channel and batch"]),
+    ),
+    st.builds(Paired, st.sampled_from(list(PAIRED))),
+)
+tokens = st.one_of(
+    st.builds(Feedforward, widths, st.none() | widths, st.booleans(), st.booleans()),
+    st.builds(
+        Attend, st.integers(1, 3), st.integers(1, 6), st.sampled_from(SCALINGS), st.booleans()
+    ),
+    st.just(Mix()),
+)
+stages = layers | branches | functions | tokens
 
 
-def networks(length: int = 5) -> st.SearchStrategy[Network]:
-    """Draw networks of a convolution, up to ``length`` further stages, and a head."""
-    body = st.lists(stages, max_size=length)
+def networks(length: int = 6) -> st.SearchStrategy[Network]:
+    """Draw networks of a convolution, one to ``length`` further stages, and a head."""
+    body = st.lists(stages, min_size=1, max_size=length)
     drawn = st.tuples(convs, body).map(lambda parts: (parts[0], *parts[1]))
     return st.builds(Network, drawn, st.booleans(), st.integers(0, 2**16))

@@ -32,6 +32,7 @@ from torchcap.training.rounds import Round
 from torchcap.training.solve import select, solve_layers
 from torchcap.training.state import StateFile
 from torchcap.training.taps import TeacherPass, expansion
+from torchcap.transform.balance import balance_
 from torchcap.transform.fold import fold_
 from torchcap.transform.materialize import materialize
 from torchcap.transform.prepare import project_
@@ -70,8 +71,9 @@ def prepare(  # noqa: PLR0913 - an argument for each thing that may be said
             for ``forward``; may be left out for timm and torchvision models.
         data: batches of images, or of tuples that start with images, for the start of the
             projections; every batch is looked at once. Without it they start from the weights.
-        init: where each projection starts; by default the greedy selection by the error of the next
-            layer with ``data``, the channels of largest weight without.
+        init: where each projection starts; by default, with ``data``, the greedy selection by the
+            error of the next layer, and the exact optimum where a space is linear (values and
+            queries of attention); without, the channels of largest weight.
         leaves: module classes that are read as one operator, as in :func:`torchcap.analyze`.
         rules: operator rules that are asked first, as in :func:`torchcap.analyze`.
         streams: whether residual streams are spaces too, as in :func:`torchcap.analyze`.
@@ -93,11 +95,16 @@ def prepare(  # noqa: PLR0913 - an argument for each thing that may be said
     _check_model(model)
     graph = Reader(leaves, rules, streams)(model, example_inputs)
     plan = _resolved(graph, ratio, plan)
-    if init is None:
-        init = LargestNorm() if data is None else GreedySelection()
     student = copy.deepcopy(model)
     fold_(student, graph.folds)
-    bases = bases_for(student, graph.after_folding(), plan, init, data)
+    folded = graph.after_folding()
+    bases: dict[str, Tensor] = {}
+    if init is None and data is not None:
+        bases = balance_(student, folded, plan, data)
+    if init is None:
+        init = LargestNorm() if data is None else GreedySelection()
+    others = Plan({n: c for n, c in plan.choices.items() if n not in bases}, plan.model)
+    bases |= bases_for(student, folded, others, init, data)
     state = project_(student, graph, plan, bases)
     lifts = [expansion(tap, state) for tap in graph.taps]
     TeacherPass(model, graph.taps, lifts).attach(student)

@@ -7,7 +7,8 @@
 Without ``--all`` these are the smallest model of every family of timm, and all of torchvision but
 its quantized ones. Every model runs in a process of its own, with a limit of time and of memory
 (on systems other than Linux, of time alone). Times are those of the processor, on one thread, so a
-busy machine does not change them much. What is found is appended to a file, a line of JSON for a
+busy machine does not change them much. Proofs are of a small model that keeps half of the channels,
+and of wide spaces no more than 64. What is found is appended to a file, a line of JSON for a
 model; models that the file has already are not run again. The status of a model is
 
     proven    it was compressed, and every proof that it allows holds

@@ -7,35 +7,45 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from torchcap.errors import ModelError, TraceError
-from torchcap.graph.channels import UNKNOWN, Axis, ChannelTable, Resolved, Run
+from torchcap.graph.channels import UNKNOWN, Axis, ChannelTable, Ids, Resolved, Run, Scaling
 from torchcap.graph.folds import find_folds
+from torchcap.graph.heads import item, pin_sizes, reshaping
 from torchcap.graph.inputs import ExampleInputs
 from torchcap.graph.rules import (
+    BINDS_SIZES,
     CONVOLUTIONS,
     LINEARS,
+    READS_HELD,
     READS_SIZES,
     RULES,
+    RULES_ON_HEADS,
     Target,
     find_module_rule,
     find_rule,
 )
+from torchcap.graph.sizes import Place
 from torchcap.graph.spaces import (
     ChannelSpace,
+    Counted,
+    DotProduct,
     Freedom,
+    HeldSize,
     LayerCall,
     Port,
+    ScaledRows,
     SpaceGraph,
     Stretch,
     Tap,
 )
 from torchcap.graph.taps import Sight, find_sights
 from torchcap.graph.trace import LeafRule, Traced, Tracing, trace
-from torchcap.graph.values import Call, Channels, Extent, Rule, Value, flat, opaque
+from torchcap.graph.values import Call, Channels, Extent, Heads, Held, Rule, Value, flat, opaque
 
 
 def analyze(
@@ -153,6 +163,7 @@ class _Reading:
         self.shared = self._shared_modules()
         self.read_outside = self._modules_read_outside()
         self.direct: set[tuple[str, str, int]] = set()
+        self.astray: set[tuple[str, str]] = set()
         self.folds = find_folds(
             [reading.module for reading in self.readings], {*self.shared, *self.read_outside}
         )
@@ -166,21 +177,37 @@ class _Reading:
                 self.values[node] = self._visit(reading, node)
         self._fix_entangled()
         self._fix_auxiliary_layers()
+        bound, scalings = self._bound_sizes(), self.table.scalings()
         sights = [
             sight
             for reading in self.tracing.evaluations
             for sight in find_sights(reading, self.values)
         ]
-        resolved = self.table.resolve([sight.value.ids for sight in sights])
+        # Of all heads one tells how many channels each of them has.
+        heads = [rows[0] for rows in (*bound.values(), *(scaling.ids for scaling in scalings))]
+        resolved = self.table.resolve([*(sight.value.ids for sight in sights), *heads])
+        layouts, head_layouts = resolved.layouts[: len(sights)], resolved.layouts[len(sights) :]
         spaces, names = self._spaces(resolved)
+        counted = [
+            _counted(len(ids), layout, names)
+            for ids, layout in zip(heads, head_layouts, strict=True)
+        ]
+        sizes = [HeldSize(place, c) for place, c in zip(bound, counted, strict=False)]
+        scaled = [
+            self._scaled_rows(scaling, c)
+            for scaling, c in zip(scalings, counted[len(bound) :], strict=True)
+        ]
         return SpaceGraph(
             model=type(self.model).__name__,
             spaces=spaces,
             tensors={name: tuple(p.shape) for name, p in self.model.named_parameters()},
             calls=tuple(self._calls()),
             folds=self.folds,
-            taps=tuple(_taps(sights, resolved, names, spaces)),
+            taps=tuple(_taps(sights, layouts, names, spaces)),
             notes=tuple(self._all_notes()),
+            products=tuple(self._dot_products(resolved, names)),
+            sizes=tuple(sizes),
+            scaled=tuple(scaled),
         )
 
     def _all_notes(self) -> Iterator[str]:
@@ -206,18 +233,28 @@ class _Reading:
 
     def _fix_outputs(self, node: fx.Node) -> None:
         for value in flat(_mapped(node.args, self.values)):
-            if isinstance(value, Channels | Extent):
+            if isinstance(value, Channels | Heads | Extent):
                 self.table.fix(value.ids, "output of the model")
 
     def _apply_rule(self, reading: Traced, node: fx.Node) -> Value:
         call = self._call(reading, node, node.meta.get("val"))
         rule = find_rule(node, call.module, self.rules)
+        values = list(flat((call.args, call.kwargs)))
+        if any(isinstance(v, Heads) for v in values) and rule is not None:
+            ours = rule is find_rule(node, call.module, RULES)
+            on_heads = find_rule(node, call.module, RULES_ON_HEADS) if ours else None
+            rule = on_heads or _no_rule_for_heads
+        if rule not in BINDS_SIZES:
+            pin_sizes(call)
+        if rule not in READS_HELD:
+            self.astray |= {(v.module, v.name) for v in values if isinstance(v, Held)}
         if rule is None:
             if call.path in reading.unread:  # what it holds is read piece by piece
                 return replace(call, module=None).give_up(f"no rule for {call.label}")
             return self._boundary(call)
-        values = list(flat((call.args, call.kwargs)))
-        if any(isinstance(v, Extent) for v in values) and rule not in READS_SIZES:
+        extents = [v for v in values if isinstance(v, Extent)]
+        divided = any(extent.parts > 1 for extent in extents) and rule not in {reshaping, item}
+        if divided or (extents and rule not in READS_SIZES):
             return call.give_up(f"its number of channels is used in {call.label}")
         try:
             value = rule(call)
@@ -237,7 +274,7 @@ class _Reading:
             path=path,
             table=self.table,
             rule_of=lambda module: find_module_rule(module, self.rules),
-            folded=path in self.folded,
+            folds=self.folded,
             streams=self.streams,
         )
 
@@ -245,12 +282,12 @@ class _Reading:
         values = list(flat((call.args, call.kwargs)))
         if any(isinstance(v, Extent) for v in values):
             return call.give_up(f"its number of channels is computed with, in {call.label}")
-        if any(isinstance(v, Channels) for v in values):
+        if any(isinstance(v, Channels | Heads) for v in values):
             self.notes[call.label] += 1
         return call.give_up(f"no rule for {call.label}")
 
     def _attribute(self, node: fx.Node) -> Value:
-        """Follow a parameter that scales channels directly (layer scale); others are opaque."""
+        """Follow a parameter that acts on channels directly (layer scale, positions)."""
         path, _, name = str(node.target).rpartition(".")
         try:
             owner = self.model.get_submodule(path)
@@ -260,9 +297,11 @@ class _Reading:
         shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else ()
         wide = [dim for dim, size in enumerate(shape) if size > 1]
         held = {**owner._parameters, **owner._buffers}
-        if len(wide) != 1 or held.get(name) is None:
+        if not wide or held.get(name) is None:
             return opaque(node.meta.get("val"))
-        self.direct.add((path, name, wide[0]))
+        self.direct |= {(path, name, dim) for dim in wide}
+        if len(wide) > 1:
+            return Held(shape, path, name)
         ids = self.table.axis(path, [(name, wide[0])], "carrier", shape[wide[0]])
         return Channels(shape, wide[0], ids)
 
@@ -307,6 +346,8 @@ class _Reading:
             for path, why in self.table.abandoned.items():
                 if axis.module == path or axis.module.startswith(f"{path}."):
                     reason = reason or why
+            if key[:2] in self.astray:
+                reason = reason or f"{'.'.join(filter(None, key[:2]))} is used in other ways too"
             if reason is not None:
                 self.table.fix(axis.ids, reason)
 
@@ -316,6 +357,63 @@ class _Reading:
         for axis in self.table.axes.values():
             if axis.role == "producer" and axis.module not in called:
                 self.table.fix(axis.ids, f"{axis.module!r} runs in training mode only")
+
+    # ----------------------------------------------------------------------------------------------
+    # What follows the number of channels
+
+    def _bound_sizes(self) -> dict[Place, Ids]:
+        """Return the attributes that count channels, with the channels of each that they count.
+
+        An attribute that is used in another way as well cannot follow, so what it counts stays.
+        """
+        pinned = self.table.pinned.union(*(reading.pinned for reading in self.readings))
+        bound: dict[Place, list[Ids]] = {}
+        for size, rows in self.table.bound:
+            free = [place for place in size.places if place not in pinned]
+            if len(free) != 1:
+                names = " * ".join(map(str, size.places))
+                self.table.fix(rows, f"counted by {names}, which is used in other ways too")
+                continue
+            bound.setdefault(free[0], []).append(rows.reshape(-1, free[0].get(self.model)))
+        found = {place: np.unique(np.concatenate(rows), axis=0) for place, rows in bound.items()}
+        for place, rows in found.items():
+            self.table.balance(rows, f"does not fall evenly into {place}")
+        return found
+
+    def _dot_products(self, resolved: Resolved, names: Mapping[int, str]) -> Iterator[DotProduct]:
+        """Yield the products both of whose sides are stretches of what layers write."""
+        written = {
+            int(first): (axis.module, place, runs)
+            for axis, runs in zip(self.table.axes.values(), resolved.runs, strict=True)
+            if axis.role == "producer"
+            for place, first in enumerate(axis.ids)
+        }
+        for pair in self.table.products():
+            sides = [written.get(int(ids[0])) for ids in pair]
+            straight = all(
+                np.array_equal(ids, np.arange(ids[0], ids[0] + len(ids))) for ids in pair
+            )
+            if None in sides or not straight:
+                continue
+            (left, at, runs), (right, other, _) = sides  # type: ignore[misc]
+            for run in runs:
+                width = resolved.channels[run.space] // resolved.cells[run.space]
+                start = run.start + at - run.offset
+                if run.offset <= at < run.offset + run.channels and width == len(pair[0]):
+                    yield DotProduct(names[run.space], start // width, (left, at), (right, other))
+
+    def _scaled_rows(self, scaling: Scaling, counted: Counted) -> ScaledRows:
+        axis = next(
+            a
+            for a in self.table.axes.values()
+            if a.module == scaling.writer and a.role != "consumer"
+        )
+        rows = np.ones(len(axis.ids), bool)
+        if axis.role == "producer":
+            rows = np.isin(axis.ids, scaling.ids)
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], rows, [False]])))
+        stretches = tuple((int(a), int(b - a)) for a, b in edges.reshape(-1, 2))
+        return ScaledRows(scaling.writer, stretches, counted)
 
     # ----------------------------------------------------------------------------------------------
     # Writing down what was found
@@ -346,6 +444,7 @@ class _Reading:
                     carriers=tuple(roles["carrier"]),
                     reason=reason,
                     blocks=resolved.cells[number],
+                    products=resolved.products[number],
                 )
             )
         return tuple(spaces), names
@@ -358,8 +457,20 @@ class _Reading:
                 yield LayerCall(path, result.numel() // shape[0], shape)
 
 
+def _no_rule_for_heads(call: Call) -> Value:
+    return call.give_up(f"no rule for heads in {call.label}")
+
+
+def _counted(size: int, layout: tuple[Run, ...], names: Mapping[int, str]) -> Counted:
+    sizes = [(names.get(run.space), run.channels * run.repeat) for run in layout]
+    return Counted(size, tuple((name, size) for name, size in sizes if name is not None))
+
+
 def _consistent(value: Value, result: Any) -> bool:
     """Whether what a rule says of a result fits its shape: a last guard against a wrong rule."""
+    if isinstance(value, Heads):
+        fits = isinstance(result, Tensor) and value.shape == tuple(result.shape)
+        return fits and tuple(value.shape[d] for d in value.dims) == value.ids.shape
     if isinstance(value, Channels):
         fits = isinstance(result, Tensor) and value.shape == tuple(result.shape)
         return fits and value.shape[value.dim] == len(value.ids)
@@ -392,7 +503,7 @@ def _freedom(
     resolved: Resolved, space: int, roles: Mapping[str, list[Port]]
 ) -> tuple[Freedom, str]:
     reason = resolved.reasons[space]
-    if reason is None and not roles["consumer"]:
+    if reason is None and not roles["consumer"] and not resolved.products[space]:
         reason = "no layer with a rule reads it"
     if reason is None and resolved.channels[space] == resolved.cells[space]:
         reason = "every block holds one channel"
@@ -405,7 +516,7 @@ def _freedom(
 
 def _taps(
     sights: Sequence[Sight],
-    resolved: Resolved,
+    layouts: Sequence[tuple[Run, ...]],
     names: Mapping[int, str],
     spaces: Sequence[ChannelSpace],
 ) -> Iterator[Tap]:
@@ -416,7 +527,7 @@ def _taps(
         for port in space.consumers
         for module in (port.module, port.module.rpartition(".")[0])
     }
-    for sight, layout in zip(sights, resolved.layouts, strict=True):
+    for sight, layout in zip(sights, layouts, strict=True):
         if layout and (sight.reader is None or sight.reader in readers):
             yield Tap(
                 sight.name,

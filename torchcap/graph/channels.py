@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from torchcap.graph.sizes import Place, Size
+
 Ids = NDArray[np.int64]
 
 UNKNOWN = -1
@@ -62,6 +64,7 @@ class Resolved:
         reasons: why a space may not change, else None.
         selection: what tells the channels of a space apart, else None.
         nonlinear: whether a nonlinearity stands in the space.
+        products: which cells of a space meet in a dot product.
         runs: for each axis of the table, what it is made of; empty where it is not made of whole
             cells (whose spaces are then fixed).
         layouts: the same for each observed axis.
@@ -72,8 +75,22 @@ class Resolved:
     reasons: tuple[str | None, ...]
     selection: tuple[str | None, ...]
     nonlinear: tuple[bool, ...]
+    products: tuple[tuple[int, ...], ...]
     runs: tuple[tuple[Run, ...], ...]
     layouts: tuple[tuple[Run, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """A dot product that its operator divides by the root of the number of channels.
+
+    Attributes:
+        writer: qualified name of the layer that wrote one of the two sides, and nothing else.
+        ids: what it wrote, ``(heads, channels of one)``.
+    """
+
+    writer: str
+    ids: Ids
 
 
 @dataclass(slots=True)
@@ -82,6 +99,8 @@ class ChannelTable:
 
     Attributes:
         axes: the axes of all layers, by (module, tensor, axis).
+        bound: attributes that say how many channels there are, with the channels.
+        pinned: attributes that are used in another way too.
         abandoned: the modules that a rule gave up on in one of their calls, with the reason; what
             another call says of them does not hold.
     """
@@ -94,6 +113,11 @@ class ChannelTable:
     _selections: list[tuple[Ids, str]] = field(default_factory=list)
     _nonlinear: list[Ids] = field(default_factory=list)
     _balances: list[tuple[Ids, str]] = field(default_factory=list)
+    _products: dict[tuple[str, int, int], tuple[Ids, Ids, Scaling | None]] = field(
+        default_factory=dict
+    )
+    bound: list[tuple[Size, Ids]] = field(default_factory=list)
+    pinned: set[Place] = field(default_factory=set)
 
     def new(self, count: int) -> Ids:
         """Return ``count`` new identities."""
@@ -135,6 +159,60 @@ class ChannelTable:
     def balance(self, pieces: Ids, reason: str) -> None:
         """Note that the rows of ``pieces``, ``(pieces, channels)``, must keep equal widths."""
         self._balances.append((pieces, reason))
+
+    def contract(self, name: str, left: Ids, right: Ids, writer: str | None = None) -> None:
+        """Note that two tensors meet in a dot product, head by head.
+
+        Args:
+            name: of the operator; it may be met again, in another mode.
+            left: identities of the left side, ``(heads, channels of one)``.
+            right: of the other side.
+            writer: where the operator divides by the root of the number of channels, the layer that
+                wrote the left side and can be scaled instead.
+        """
+        self.join(left, right)
+        scaling = None if writer is None else Scaling(writer, left)
+        self._products[name, int(left.flat[0]), int(right.flat[0])] = left, right, scaling
+
+    def role(self, module: str) -> str | None:
+        """Return the role of a layer that has written or carried channels, if it has."""
+        roles = {axis.role for axis in self.axes.values() if axis.module == module}
+        return next((role for role in ("producer", "carrier") if role in roles), None)
+
+    def bind(self, size: Size, rows: Ids) -> None:
+        """Note that an attribute says how many channels each row of identities has."""
+        self.bound.append((size, rows))
+
+    def pin(self, size: Size) -> None:
+        """Note that an attribute is used in a way that cannot follow channels."""
+        self.pinned.update(size.places)
+
+    def products(self) -> Iterator[tuple[Ids, Ids]]:
+        """Yield both sides of every dot product, head by head."""
+        for left, right, _ in self._products.values():
+            yield from zip(left, right, strict=True)
+
+    def scalings(self) -> list[Scaling]:
+        """Return the products that a writer has to be scaled for, and fix those where none can be.
+
+        Whoever scales what a layer writes must know that nothing else reads it.
+        """
+        if not any(scaling for _, _, scaling in self._products.values()):
+            return []
+        labels = self._labels()
+        read = [labels[axis.ids] for axis in self.axes.values() if axis.role == "consumer"]
+        readers = np.concatenate(
+            [*read, *(np.unique(labels[p]) for p, _, _ in self._products.values())]
+        )
+        found = []
+        for ids, _, scaling in self._products.values():
+            if scaling is None:
+                continue
+            if np.isin(readers, labels[ids]).sum() == len(np.unique(labels[ids])):
+                found.append(scaling)
+            else:
+                self.fix(ids, f"what {scaling.writer!r} writes is read in several places")
+        return found
 
     def resolve(self, observed: Sequence[Ids] = ()) -> Resolved:
         """Sort all channels into spaces.
@@ -287,6 +365,11 @@ class _Resolution:
             for cell in _unique(self.cell_of[self.labels[ids]])
             if cell >= 0
         }
+        multiplied = {
+            int(cell)
+            for ids, _, _ in self.table._products.values()
+            for cell in _unique(self.cell_of[self.labels[ids.ravel()]])
+        }
         return Resolved(
             cells=tuple(len(cells) for cells in members),
             channels=tuple(len(cells) * len(self.cells[cells[0]]) for cells in members),
@@ -296,6 +379,10 @@ class _Resolution:
             ),
             selection=tuple(selections),
             nonlinear=tuple(space in bent for space in range(len(members))),
+            products=tuple(
+                tuple(number for number, cell in enumerate(cells) if cell in multiplied)
+                for cells in members
+            ),
             runs=tuple(tuple(_merged(axis, home)) for axis in runs),
             layouts=tuple(tuple(_merged(axis, home)) for axis in layouts),
         )

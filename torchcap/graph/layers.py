@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from torch import nn
 
 from torchcap.graph.channels import Ids
 from torchcap.graph.operators import pointwise, unchanged
+from torchcap.graph.sizes import Place, Size
 from torchcap.graph.values import Call, Channels, Value
 
 # --------------------------------------------------------------------------------------------------
@@ -172,6 +173,65 @@ def group_norm(call: Call) -> Value:
     return call.like(x)
 
 
+def instance_norm(call: Call) -> Value:
+    """Instance normalisation: each channel by its own statistics, or by those that it stores."""
+    layer, x = call.module, call.argument(0, "input")
+    positions = next(n for kind, n in _INSTANCE_NORMS.items() if isinstance(layer, kind))
+    names = ("weight", "bias", "running_mean", "running_var")
+    if not isinstance(x, Channels):
+        return call.give_up(call.unexpected)
+    if x.dim != len(x.shape) - positions - 1 or not call.plain(*names):
+        return call.give_up(f"{call.label} does not normalise along the channels")
+    if any(call.has(name) for name in names):
+        _carry(call, x, names, 0, f"per-channel affine of {call.path!r}")
+    elif not _counts(call, "num_features", x):
+        return call.give_up(f"{call.label} was made for another number of channels")
+    call.table.bend(x.ids)
+    return call.like(x)
+
+
+_INSTANCE_NORMS: Mapping[type[nn.Module], int] = {
+    nn.InstanceNorm1d: 1,
+    nn.InstanceNorm2d: 2,
+    nn.InstanceNorm3d: 3,
+}
+
+
+def response_norm(call: Call) -> Value:
+    """Timm's filter response norms and EvoNorms: statistics of each channel, or of groups."""
+    x = call.argument(0, "x")
+    names = ("weight", "bias", "tau", "v", "running_var")
+    if not isinstance(x, Channels):
+        return call.give_up(call.unexpected)
+    if x.dim != 1 or not call.plain(*names):
+        return call.give_up(f"{call.label} does not normalise along the channels")
+    if not _act_is_pointwise(call):
+        return call.give_up(f"the activation inside {call.label} has no rule")
+    _carry(call, x, names, 0, f"per-channel affine of {call.path!r}")
+    call.table.bend(x.ids)
+    groups = getattr(call.module, "groups", None)
+    if isinstance(groups, int):
+        pieces = x.ids.reshape(groups, -1)
+        call.table.balance(pieces, f"does not fall evenly into the groups of {call.label}")
+    return call.like(x)
+
+
+def blur_pool(call: Call) -> Value:
+    """Timm's ``BlurPool2d``: one filter for all channels, unless it stores one for each."""
+    x = call.argument(0, "x")
+    if not isinstance(x, Channels):
+        return call.give_up(call.unexpected)
+    if x.dim != 1:
+        return call.give_up(f"{call.label} acts along the channels")
+    if not call.plain("filt"):
+        return call.give_up(call.unexpected)
+    if getattr(call.module, "channels", None) is not None:
+        _carry(call, x, ("filt",), 0, f"a filter for each channel in {call.path!r}")
+        if not _counts(call, "channels", x):
+            return call.give_up(call.unexpected)
+    return call.like(x)
+
+
 def prelu(call: Call) -> Value:
     """A PReLU, whose slope may be one for all channels or one for each."""
     x = call.argument(0, "input")
@@ -184,6 +244,15 @@ def prelu(call: Call) -> Value:
         return call.give_up(f"{call.label} does not act along the channels")
     _carry(call, x, ("weight",), 0, f"per-channel slope of {call.path!r}")
     return call.like(x)
+
+
+def _counts(call: Call, name: str, x: Channels) -> bool:
+    """Let an attribute follow the number of channels; whether it is that number."""
+    if getattr(call.module, name) != len(x.ids):
+        return False
+    size = Size.of(len(x.ids), (Place(call.path, name),), 1, set())
+    call.table.bind(size, x.ids[None])
+    return True
 
 
 def _carry(call: Call, x: Channels, names: Sequence[str], axis: int, select: str | None) -> None:

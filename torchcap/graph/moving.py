@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
+from torchcap.graph.operators import beside
 from torchcap.graph.values import Call, Channels, Extent, Opaque, Value
 
 
@@ -160,30 +162,9 @@ def repetition(call: Call) -> Value:
     return call.like(x, dim)
 
 
-def interleaving(call: Call) -> Value:
-    """``repeat_interleave`` along a dimension other than the channels."""
-    return _beside(call, call.argument(2, "dim"))
-
-
-def rolling(call: Call) -> Value:
-    """``roll`` along dimensions other than the channels."""
-    return _beside(call, call.argument(2, "dims"))
-
-
 def flipping(call: Call) -> Value:
     """``flip`` along dimensions other than the channels."""
-    return _beside(call, call.args[1:] if len(call.args) > 2 else call.argument(1, "dims"))
-
-
-def _beside(call: Call, dims: Value) -> Value:
-    """Keep the channels, where none of the dimensions is theirs."""
-    x = call.argument(0, "input")
-    dims = (dims,) if isinstance(dims, int) else dims
-    if not isinstance(x, Channels) or not isinstance(dims, tuple | list):
-        return call.give_up(call.unexpected)
-    if not all(isinstance(d, int) for d in dims) or x.dim in {d % len(x.shape) for d in dims}:
-        return call.give_up(f"{call.label} acts along the channels")
-    return call.like(x)
+    return beside(call, call.args[1:] if len(call.args) > 2 else call.argument(1, "dims"))
 
 
 def unbinding(call: Call) -> Value:
@@ -224,3 +205,74 @@ def stacking(call: Call) -> Value:
     if len(followed) < len(tensors):
         call.table.fix(first.ids, f"{call.label} with a tensor whose channels are not followed")
     return call.like(first, first.dim + (dim % len(call.shape) <= first.dim))
+
+
+def relocation(call: Call) -> Value:
+    """``movedim``: dimensions taken out and put in elsewhere."""
+    x, source, target = call.args[0], call.argument(1, "source"), call.argument(2, "destination")
+    places = [v if isinstance(v, tuple | list) else (v,) for v in (source, target)]
+    if not isinstance(x, Channels) or not all(isinstance(d, int) for p in places for d in p):
+        return call.give_up(call.unexpected)
+    numbered = torch.empty(*range(1, len(x.shape) + 1), device="meta")
+    return call.like(x, numbered.movedim(*map(tuple, places)).shape.index(x.dim + 1))
+
+
+def picking(call: Call) -> Value:
+    """``select``: one entry of a dimension other than the channels."""
+    x, dim = call.argument(0, "input"), call.argument(1, "dim")
+    if not isinstance(x, Channels) or not isinstance(dim, int):
+        return call.give_up(call.unexpected)
+    dim %= len(x.shape)
+    if dim == x.dim:
+        return call.give_up(f"indexed along the channels at {call.node.name!r}")
+    return call.like(x, x.dim - (dim < x.dim))
+
+
+def unflattening(call: Call) -> Value:
+    """``unflatten`` of a dimension other than the channels."""
+    x, dim = call.argument(0, "input"), call.argument(1, "dim")
+    dim = dim if call.module is None else getattr(call.module, "dim", None)
+    if not isinstance(x, Channels) or not isinstance(dim, int):
+        return call.give_up(call.unexpected)
+    dim %= len(x.shape)
+    if dim == x.dim:
+        return call.give_up(f"reshaped to a fixed number of channels at {call.node.name!r}")
+    return call.like(x, x.dim + (dim < x.dim) * (len(call.shape) - len(x.shape)))
+
+
+def reshaping_as(call: Call) -> Value:
+    """``reshape_as`` and ``view_as``: to a tensor whose last dimension is the channels too."""
+    x, other = call.args[0], call.argument(1, "other")
+    if not isinstance(x, Channels) or not isinstance(other, Channels):
+        return call.give_up(call.unexpected)
+    last = x.dim == len(x.shape) - 1 and other.dim == len(other.shape) - 1
+    if not last or len(x.ids) != len(other.ids):
+        return call.give_up(f"reshaped across the channels at {call.node.name!r}")
+    call.table.join(x.ids, other.ids)
+    return call.like(x, other.dim)
+
+
+# --------------------------------------------------------------------------------------------------
+# Positions of an image, put beside their channel
+
+
+def spreading(call: Call) -> Value:
+    """``unfold``, ``pixel_unshuffle``: windows of each channel become neighbours in its place."""
+    x = call.argument(0, "input")
+    if not isinstance(x, Channels):
+        return call.give_up(call.unexpected)
+    if x.dim != len(x.shape) - 3:
+        return call.give_up(f"{call.label} acts along the channels")
+    return Channels(call.shape, x.dim, np.repeat(x.ids, call.shape[x.dim] // len(x.ids)))
+
+
+def gathering(call: Call) -> Value:
+    """``fold``, ``pixel_shuffle``: neighbours become windows, if they are all of one channel."""
+    x = call.argument(0, "input")
+    if not isinstance(x, Channels):
+        return call.give_up(call.unexpected)
+    dim = len(call.shape) - 3
+    neighbours = x.ids.reshape(call.shape[dim], -1) if x.dim == dim else x.ids[None]
+    if x.dim != dim or (neighbours != neighbours[:, :1]).any():
+        return call.give_up(f"{call.label} puts several channels into one")
+    return Channels(call.shape, dim, neighbours[:, 0])

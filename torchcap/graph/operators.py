@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, fx
 
 from torchcap.graph.channels import Ids
-from torchcap.graph.values import Call, Channels, Extent, Opaque, Rule, Value, flat
+from torchcap.graph.values import Call, Channels, Extent, Held, Opaque, Rule, Value, flat, opaque
 
 # --------------------------------------------------------------------------------------------------
 # One tensor in, one out, channel by channel
@@ -15,6 +18,8 @@ from torchcap.graph.values import Call, Channels, Extent, Opaque, Rule, Value, f
 def unchanged(call: Call) -> Value:
     """The tensor itself, in evaluation mode."""
     x = call.argument(0, "input")
+    if isinstance(x, Opaque):  # others among the arguments only lend their dtype
+        return opaque(call.result)
     return call.like(x) if isinstance(x, Channels) else call.give_up(call.unexpected)
 
 
@@ -46,9 +51,9 @@ def spatial(trailing: int, *, bends: bool = False) -> Rule:
 
 
 def interpolation(call: Call) -> Value:
-    """Resampling of all dimensions behind the second one."""
+    """Resampling of all dimensions behind the second one, to a size or along a grid."""
     x = call.argument(0, "input")
-    if not isinstance(x, Channels):
+    if not isinstance(x, Channels) or len(call.followed()) > 1:
         return call.give_up(call.unexpected)
     return call.like(x) if x.dim == 1 else call.give_up(f"{call.label} acts along the channels")
 
@@ -71,6 +76,15 @@ def padding(call: Call) -> Value:
     return call.like(x)
 
 
+def refusal(why: str) -> Rule:
+    """Make the rule of an operator through which channels cannot be followed."""
+    return lambda call: call.give_up(f"{call.label} {why}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Several tensors in, one out, entry by entry
+
+
 def scaling(call: Call) -> Value:
     """Product or quotient of two tensors, or of a tensor and a number."""
     return _combine(call, "multiplied with")
@@ -82,7 +96,7 @@ def addition(call: Call) -> Value:
 
 
 def _combine(call: Call, verb: str) -> Value:
-    left, right = call.argument(0, "input"), call.argument(1, "other")
+    left, right = (_with_channels(call, place) for place in (0, 1))
     if not call.kwargs.keys() <= {"input", "other"}:
         return call.give_up(call.unexpected)
     if isinstance(left, Channels) and isinstance(right, Channels):
@@ -104,6 +118,18 @@ def _combine(call: Call, verb: str) -> Value:
     return call.like(x, x.dim + len(call.shape) - len(x.shape))
 
 
+def _with_channels(call: Call, place: int) -> Value:
+    """Return an operand; a parameter that the other operand's channels meet has channels too."""
+    x, other = (call.argument(p, ("input", "other")[p]) for p in (place, 1 - place))
+    if not isinstance(x, Held) or not isinstance(other, Channels):
+        return x
+    dim = len(x.shape) - (len(other.shape) - other.dim)
+    if dim < 0 or x.shape[dim] != len(other.ids):
+        return x
+    ids = call.table.axis(x.module, [(x.name, dim)], "carrier", len(other.ids))
+    return Channels(x.shape, dim, ids)
+
+
 def _combine_channels(call: Call, left: Channels, right: Channels, verb: str) -> Value:
     same_dim = len(left.shape) - left.dim == len(right.shape) - right.dim
     if not same_dim or len(left.ids) != len(right.ids):
@@ -112,10 +138,94 @@ def _combine_channels(call: Call, left: Channels, right: Channels, verb: str) ->
     call.table.join(left.ids, right.ids)
     if verb == "multiplied with":
         call.table.select(left.ids, f"multiplied channel by channel at {call.node.name!r}")
+    elif any(_is_parameter(call, x) for x in (left, right)):
+        call.table.select(left.ids, f"a term for each channel at {call.node.name!r}")
     elif not np.array_equal(left.ids, right.ids):
         restrict = call.table.select if call.streams else call.table.fix
         restrict(left.ids, f"residual stream: joined at {call.node.name!r}")
     return call.like(wide)
+
+
+def _is_parameter(call: Call, x: Channels) -> bool:
+    """Whether this is a tensor that the program holds, rather than a feature map."""
+    held = (axis.ids for axis in call.table.axes.values() if axis.role == "carrier")
+    return any(np.array_equal(ids, x.ids) for ids in held)
+
+
+def multiplied_addition(call: Call) -> Value:
+    """``addcmul``: the first tensor plus the product of the two others."""
+    known = call.kwargs.keys() <= {"input", "tensor1", "tensor2", "value"}
+    term = call.argument(0, "input")
+    factors = call.argument(1, "tensor1"), call.argument(2, "tensor2")
+    tensors = (term, *factors)
+    if not known or not all(isinstance(v, Channels | Opaque) for v in tensors):
+        return call.give_up(call.unexpected)
+    shape = np.broadcast_shapes(*(factor.shape for factor in factors))
+    result = torch.empty(shape, device="meta")
+    product = scaling(replace(call, args=factors, kwargs={}, result=result))
+    return addition(replace(call, args=(term, product), kwargs={}))
+
+
+def together(call: Call) -> Value:
+    """A function of several tensors, entry by entry: ``maximum``, ``where``, a comparison."""
+    operands = [*call.args, *call.kwargs.values()]
+    followed = call.followed()
+    if not followed or not all(isinstance(v, Channels | Opaque | int | float) for v in operands):
+        return call.give_up(call.unexpected)
+    first = followed[0]
+    behind = len(first.shape) - first.dim
+    for v in followed:
+        if len(v.shape) - v.dim != behind or len(v.ids) != len(first.ids):
+            return call.give_up(f"{call.label} of tensors with other channels")
+    for v in operands:
+        if isinstance(v, Opaque) and len(v.shape) >= behind and v.shape[-behind] != 1:
+            return call.give_up(f"{call.label} with a tensor whose channels are not followed")
+    for v in followed[1:]:
+        if not np.array_equal(first.ids, v.ids):
+            call.table.join(first.ids, v.ids)
+            call.table.select(first.ids, f"told apart channel by channel at {call.node.name!r}")
+    call.table.bend(first.ids)
+    return call.like(first, len(call.shape) - behind)
+
+
+def contraction(call: Call) -> Value:
+    """``einsum`` of one tensor whose channels are followed, and neither summed nor weighted."""
+    equation, *operands = call.args
+    if len(operands) == 1 and isinstance(operands[0], tuple | list):
+        operands = list(operands[0])
+    followed = [v for v in operands if isinstance(v, Channels)]
+    if not isinstance(equation, str) or "->" not in equation or "." in equation:
+        return call.give_up(f"{call.label} without letters for all dimensions")
+    if len(followed) != 1 or not all(isinstance(v, Channels | Opaque) for v in operands):
+        return call.give_up(f"{call.label} of several tensors with channels")
+    inputs, output = equation.replace(" ", "").split("->")
+    (x,), term = followed, inputs.split(",")[operands.index(followed[0])]
+    letter = term[x.dim]
+    if letter not in output:
+        return call.give_up(f"{call.label} sums over the channels")
+    if inputs.count(letter) > 1:
+        return call.give_up(f"{call.label} with a tensor whose channels are not followed")
+    return call.like(x, output.index(letter))
+
+
+def gated_halves(call: Call) -> Value:
+    """``glu``: one half of the channels, multiplied with the sigmoid of the other."""
+    x = call.argument(0, "input")
+    dim = getattr(call.module, "dim", None) if call.module else call.argument(1, "dim", -1)
+    if not isinstance(x, Channels) or not isinstance(dim, int):
+        return call.give_up(call.unexpected)
+    call.table.bend(x.ids)
+    if dim % len(x.shape) != x.dim:
+        return call.like(x)
+    halves = x.ids.reshape(2, -1)
+    call.table.balance(halves, f"does not fall evenly into the halves of {call.label}")
+    call.table.join(halves[0], halves[1])
+    call.table.select(halves, f"multiplied channel by channel at {call.node.name!r}")
+    return Channels(call.shape, x.dim, halves[0])
+
+
+# --------------------------------------------------------------------------------------------------
+# Pieces
 
 
 def concatenation(call: Call) -> Value:
@@ -202,44 +312,89 @@ def _indexed_dim(x: Channels, index: tuple[Value, ...]) -> tuple[int | None, int
     return None, 0
 
 
-def averaging(call: Call) -> Value:
-    """Mean or sum over dimensions other than the channels."""
-    return _reduced(call)
+# --------------------------------------------------------------------------------------------------
+# Along other dimensions than the channels
 
 
-def maximum(call: Call) -> Value:
-    """Maximum over dimensions other than the channels."""
-    if not isinstance(call.result, Tensor):
-        return call.give_up(f"{call.label} gives several results")
-    for x in call.followed():
-        call.table.bend(x.ids)
-    return _reduced(call)
+def reduction(place: int = 1, *, bends: bool = False) -> Rule:
+    """Make the rule of a sum, maximum or norm over other dimensions than the channels.
+
+    Args:
+        place: where the dimensions stand among the arguments.
+        bends: whether it is not linear.
+    """
+
+    def rule(call: Call) -> Value:
+        x, dims = call.argument(0, "input"), _dims(call.argument(place, "dim"))
+        if not isinstance(x, Channels):
+            return call.give_up(call.unexpected)
+        if not dims:
+            return call.give_up(f"reduced over all dimensions at {call.node.name!r}")
+        reduced = {d % len(x.shape) for d in dims}
+        if x.dim in reduced:
+            return call.give_up(f"reduced over the channels at {call.node.name!r}")
+        if bends:
+            call.table.bend(x.ids)
+        return _results(call, x, x.dim - sum(d < x.dim for d in reduced))
+
+    return rule
 
 
-def softmax(call: Call) -> Value:
-    """Softmax over a dimension other than the channels."""
-    x = call.argument(0, "input")
-    dim = getattr(call.module, "dim", None) if call.module else call.argument(1, "dim")
-    if not isinstance(x, Channels):
+def extreme(call: Call) -> Value:
+    """``max`` and ``min``: over dimensions, with the places, or of two tensors."""
+    other = call.argument(1, "other")
+    return (together if isinstance(other, Channels | Opaque) else reduction(bends=True))(call)
+
+
+def along(place: int, name: str = "dim", default: Value = None, *, bends: bool = False) -> Rule:
+    """Make the rule of a softmax, sort or shift along other dimensions than the channels.
+
+    Args:
+        place: where the dimensions stand among the arguments.
+        name: what they are called there, and as an attribute of a module.
+        default: what they are where they are not given.
+        bends: whether it is not linear.
+    """
+
+    def rule(call: Call) -> Value:
+        argument = call.argument(place, name, default)
+        dims = getattr(call.module, name, None) if call.module is not None else argument
+        return beside(call, dims, bends=bends)
+
+    return rule
+
+
+def beside(call: Call, dims: Value, *, bends: bool = False) -> Value:
+    """Keep the channels, where none of the dimensions is theirs."""
+    x, acted = call.argument(0, "input"), _dims(dims)
+    if not isinstance(x, Channels) or len(call.followed()) > 1 or not acted:
         return call.give_up(call.unexpected)
-    if not isinstance(dim, int) or dim % len(x.shape) == x.dim:
+    if x.dim in {d % len(x.shape) for d in acted}:
         return call.give_up(f"{call.label} acts along the channels")
-    call.table.bend(x.ids)
-    return call.like(x)
+    if bends:
+        call.table.bend(x.ids)
+    return _results(call, x, x.dim)
 
 
-def _reduced(call: Call) -> Value:
-    x, dims = call.argument(0, "input"), call.argument(1, "dim")
-    keep = call.argument(2, "keepdim", default=False)
-    if not isinstance(x, Channels):
-        return call.give_up(call.unexpected)
-    dims = (dims,) if isinstance(dims, int) else dims
-    if not isinstance(dims, tuple | list) or not all(isinstance(d, int) for d in dims):
-        return call.give_up(f"reduced over all dimensions at {call.node.name!r}")
-    reduced = {d % len(x.shape) for d in dims}
-    if x.dim in reduced:
-        return call.give_up(f"reduced over the channels at {call.node.name!r}")
-    return call.like(x, x.dim if keep else x.dim - sum(d < x.dim for d in reduced))
+averaging = reduction()
+softmax = along(1, bends=True)
+
+
+def _dims(dims: Value) -> tuple[int, ...]:
+    """Return dimensions as a tuple; an empty one if they are not given, or computed."""
+    found = dims if isinstance(dims, tuple | list) else (dims,)
+    plain = all(isinstance(d, int) and not isinstance(d, bool) for d in found)
+    return tuple(found) if plain else ()
+
+
+def _results(call: Call, x: Channels, place: int) -> Value:
+    """Return the results, with the channels at ``place`` where dimensions are gone."""
+    single = isinstance(call.result, Tensor)
+    values = tuple(
+        Channels(tuple(r.shape), x.dim if r.dim() >= len(x.shape) else place, x.ids)
+        for r in ((call.result,) if single else call.result)
+    )
+    return values[0] if single else values
 
 
 def packing(call: Call) -> Value:
@@ -271,7 +426,18 @@ def attribute(call: Call) -> Value:
         if name in {"dtype", "device", "ndim", "requires_grad", "is_cuda"}:
             return call.result
         return call.give_up(f"attribute {name!r} of a tensor")
+    pair = isinstance(x, tuple) and _is_of_torch(call.node.args[0])
+    if pair and name in {"values", "indices"}:  # what a maximum or a sort returns
+        return x[name == "indices"]
     return call.give_up(f"attribute {name!r}")
+
+
+def _is_of_torch(node: object) -> bool:
+    """Whether a value is what a method of tensors or a function of torch returns."""
+    if not isinstance(node, fx.Node) or node.op not in {"call_function", "call_method"}:
+        return False
+    name = getattr(node.target, "__name__", "")
+    return node.op == "call_method" or getattr(torch, name, None) is node.target
 
 
 def _sizes(x: Channels | Opaque) -> tuple[int | Extent, ...]:

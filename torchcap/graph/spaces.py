@@ -12,8 +12,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from math import prod
 from typing import Literal
+
+from torchcap.graph.sizes import Place
 
 Freedom = Literal["linear", "stiefel", "selection", "fixed"]
 
@@ -68,7 +71,8 @@ class ChannelSpace:
         carriers: the axes of parameters that act on each channel alone.
         reason: why the space is fixed, or only a selection; empty otherwise.
         blocks: number of equal blocks, one behind the other, that must keep equally many channels
-            each (groups of a convolution, pieces of a chunk); ranks are multiples of it.
+            each (groups of a convolution, pieces of a chunk, heads); ranks are multiples of it.
+        products: the blocks whose channels meet in a dot product, of queries and keys.
     """
 
     name: str
@@ -79,6 +83,7 @@ class ChannelSpace:
     carriers: tuple[Port, ...]
     reason: str = ""
     blocks: int = 1
+    products: tuple[int, ...] = ()
 
     @property
     def free(self) -> bool:
@@ -136,6 +141,71 @@ class Fold:
 
 
 @dataclass(frozen=True, slots=True)
+class Counted:
+    """How many channels of which spaces something holds, among ``size`` in all.
+
+    Attributes:
+        size: their number before any projection.
+        parts: (space, how many of the ``size`` are its channels), for each of the spaces.
+    """
+
+    size: int
+    parts: tuple[tuple[str, int], ...]
+
+    def kept(self, ratios: Mapping[str, Fraction]) -> int:
+        """Return how many are left where some spaces keep this share of their channels."""
+        gone = sum((count * (1 - ratios.get(space, 1)) for space, count in self.parts), Fraction(0))
+        return int(self.size - gone)
+
+
+@dataclass(frozen=True, slots=True)
+class DotProduct:
+    """A product of queries and keys over the channels of one block of a space.
+
+    Attributes:
+        space: name of the space.
+        block: the block, all of whose channels are summed over.
+        left, right: who writes the two sides: (module, first of its outputs).
+    """
+
+    space: str
+    block: int
+    left: tuple[str, int]
+    right: tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldSize:
+    """An attribute that a forward reads, which says how many channels there are (``head_dim``).
+
+    Attributes:
+        place: where it is held.
+        counted: what it counts.
+    """
+
+    place: Place
+    counted: Counted
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledRows:
+    """Rows that make up for an operator which divides by the root of the number of channels.
+
+    With fewer channels the operator would divide by less: these rows are multiplied with the root
+    of the share of channels that is kept.
+
+    Attributes:
+        module: qualified name of the layer that writes the queries.
+        rows: the rows of its weight and bias, as (offset, length).
+        counted: what the operator counts: the channels of one head.
+    """
+
+    module: str
+    rows: tuple[tuple[int, int], ...]
+    counted: Counted
+
+
+@dataclass(frozen=True, slots=True)
 class LayerCall:
     """One call of a convolution or linear layer.
 
@@ -167,6 +237,9 @@ class SpaceGraph:
         folds: the norms and standardisations that can be folded away.
         taps: where features can be compared.
         notes: what the reading left out, in words (operators without a rule).
+        products: the products of queries and keys whose two sides are written by layers.
+        sizes: the attributes that count channels of free spaces.
+        scaled: the rows that are scaled where spaces get a smaller rank.
     """
 
     model: str
@@ -176,6 +249,9 @@ class SpaceGraph:
     folds: tuple[Fold, ...]
     taps: tuple[Tap, ...]
     notes: tuple[str, ...] = ()
+    products: tuple[DotProduct, ...] = ()
+    sizes: tuple[HeldSize, ...] = ()
+    scaled: tuple[ScaledRows, ...] = ()
 
     def __getitem__(self, name: str) -> ChannelSpace:
         for space in self.spaces:

@@ -6,8 +6,8 @@ heads of GoogLeNet): a channel may be cut only if every reader in either mode ca
 
 What cannot be traced is tried in this order:
 
-1. the whole model, where modules with a rule, and those that timm says not to trace, are one
-   operator each;
+1. the whole model, where modules with a rule are one operator each, and so are the functions that
+   timm says not to trace;
 2. the whole model, where every module whose forward cannot be traced is one operator too, the
    innermost such module first;
 3. what such a module holds, piece by piece: each submodule that it calls is traced by itself, on
@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -41,6 +41,7 @@ from torchcap.graph.inputs import (
     frozen_arguments,
     placeholder_values,
 )
+from torchcap.graph.sizes import Place, track_sizes_
 from torchcap.graph.watch import Watched, watch_forward
 
 LeafRule = Callable[[nn.Module], bool]
@@ -64,6 +65,7 @@ class Traced:
             forward cannot be traced, with what stopped it.
         ran: (qualified name, output) of every module that runs, in the order in which they end,
             those inside of unread modules too; outputs are fake tensors.
+        pinned: the sizes that the forward computes with.
     """
 
     module: fx.GraphModule
@@ -72,6 +74,7 @@ class Traced:
     piece: str = ""
     unread: Mapping[str, str] = field(default_factory=dict)
     ran: list[tuple[str, Any]] = field(default_factory=list)
+    pinned: Set[Place] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +251,6 @@ class _Reader(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
             module_qualified_name in self._unread
-            or is_notrace_module(type(m))
             or self._is_leaf(m)
             or super().is_leaf_module(m, module_qualified_name)
         )
@@ -296,6 +298,15 @@ def _trace_evaluation(model: nn.Module, piece: str, inputs: Inputs, is_leaf: Lea
             if error.path is None or error.path in unread or len(unread) >= _MOST_UNREAD:
                 raise
             unread[error.path] = error.why
+            kind = type(model.get_submodule(error.path))
+            if is_notrace_module(kind):  # then the others of its kind need not be tried
+                unread.update(
+                    {
+                        path: error.why
+                        for path, module in model.named_modules()
+                        if type(module) is kind and _holds(piece, path)
+                    }
+                )
 
 
 def _trace_in_mode(
@@ -313,6 +324,7 @@ def _trace_in_mode(
     # Some forwards keep what they compute on the module; a proxy kept there would spoil the model.
     copied = shadow(model)
     _set_mode(copied, training=training)
+    pinned = track_sizes_(copied, is_leaf)
     try:
         with warnings.catch_warnings(action="ignore"):  # of frozen arguments that are not asserted
             graph = reader.trace(copied.get_submodule(piece), concrete_args=concrete)
@@ -326,7 +338,8 @@ def _trace_in_mode(
         node: tuple((_joined(piece, path), call) for path, call in calls)
         for node, calls in reader.outputs.items()
     }
-    return Traced(fx.GraphModule(copied, graph), outputs, mode, piece, dict(unread))
+    pinned = set(pinned)  # what looks at sizes from here on does not belong to the forward
+    return Traced(fx.GraphModule(copied, graph), outputs, mode, piece, dict(unread), pinned=pinned)
 
 
 def _joined(outer: str, inner: str) -> str:

@@ -1,16 +1,18 @@
 """Abstract values: what is known of a tensor's channels while a graph is read.
 
-A :class:`Channels` is a tensor whose channels are followed, an :class:`Opaque` any other tensor, an
-:class:`Extent` a size that follows channels; everything else is the plain Python value. A
+A :class:`Channels` is a tensor whose channels are followed, a :class:`Heads` one whose channels are
+spread over several dimensions, an :class:`Opaque` any other tensor, an :class:`Extent` a size that
+follows channels; everything else is the plain Python value. A
 :class:`Call` is one operator with its abstract arguments, as a rule sees it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
@@ -23,6 +25,19 @@ class Opaque:
     """A tensor whose channels are not followed: they never change."""
 
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held(Opaque):
+    """A parameter of several dimensions that the forward reads directly (a positional embedding).
+
+    Attributes:
+        module: qualified name of its module, ``""`` for the model itself.
+        name: of the parameter.
+    """
+
+    module: str
+    name: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,10 +56,45 @@ class Channels:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Heads:
+    """A tensor whose channels are followed along several dimensions, as attention has them.
+
+    Attributes:
+        shape: the shape with the example inputs.
+        dims: the dimensions that hold channels, in any order.
+        ids: the identity at each place of these dimensions, shape ``(shape[d] for d in dims)``.
+        width: which of ``dims`` may become smaller, by its place among them; the others (the heads)
+            stay, and all of them keep equally many channels.
+    """
+
+    shape: tuple[int, ...]
+    dims: tuple[int, ...]
+    ids: Ids
+    width: int
+
+    @property
+    def dim(self) -> int:
+        """The dimension that may become smaller."""
+        return self.dims[self.width]
+
+    @property
+    def rows(self) -> Ids:
+        """The identities of each head, ``(heads, channels of one)``."""
+        size = self.ids.shape[self.width]
+        return np.moveaxis(self.ids, self.width, -1).reshape(-1, size)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Extent:
-    """An integer of the traced program that is the number of some followed channels."""
+    """An integer of the traced program that is the number of some followed channels.
+
+    Attributes:
+        ids: the identities of the channels.
+        parts: what their number has been divided by.
+    """
 
     ids: Ids
+    parts: int = 1
 
 
 Value = Any
@@ -87,7 +137,7 @@ class Call:
         module, path: the module that is called and its qualified name, for a module call.
         table: where channels are joined, fixed and restricted.
         rule_of: finds the rule of a module, for layers that hold others inside.
-        folded: whether this is a normalisation that will be folded into the layer before it.
+        folds: qualified names of the normalisations that will be folded into the layer before.
         streams: whether channels that are joined by a skip addition may be dropped.
     """
 
@@ -99,8 +149,13 @@ class Call:
     path: str
     table: ChannelTable
     rule_of: Callable[[nn.Module], Rule | None]
-    folded: bool = False
+    folds: Container[str] = ()
     streams: bool = False
+
+    @property
+    def folded(self) -> bool:
+        """Whether this is a normalisation that will be folded into the layer before it."""
+        return self.path in self.folds
 
     @property
     def label(self) -> str:
@@ -140,7 +195,7 @@ class Call:
         if self.module is not None:
             self.table.abandoned.setdefault(self.path, reason)
         for value in flat((self.args, self.kwargs)):
-            if isinstance(value, Channels | Extent):
+            if isinstance(value, Channels | Heads | Extent):
                 self.table.fix(value.ids, reason)
         return opaque(self.result)
 

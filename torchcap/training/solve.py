@@ -40,6 +40,7 @@ from torchcap.training.progress import OnProgress, Progress, Watch
 from torchcap.training.recipe import ClosedForm
 from torchcap.training.regression import Affine, choose_ridge, regress, spread
 from torchcap.training.replay import Replay, Station, evaluated
+from torchcap.transform.balance import balance_
 from torchcap.transform.fold import fold_
 from torchcap.transform.materialize import erase_identities_
 from torchcap.transform.start import bases_for
@@ -200,7 +201,8 @@ def select(
     Channels are chosen like :class:`GreedySelection` does, when the sweep reaches the reader of
     their space: from the moments of the student's features, for the weight that predicts the
     teacher best. A space with several readers, or one with a grouped reader, is chosen before the
-    sweep, from the teacher's features.
+    sweep, from the teacher's features. Linear spaces change their coordinates before it, so that
+    their first channels are the best ones to keep.
 
     Args:
         model: the original model; it is not changed.
@@ -212,14 +214,20 @@ def select(
         watch: who looks on.
     """
     source = source.limited(schedule.batches)
-    teacher, student = copy.deepcopy(model), copy.deepcopy(model)
+    teacher = copy.deepcopy(model)
     fold_(teacher, graph.folds)
-    fold_(student, graph.folds)
     folded = graph.after_folding()
+    with source.passing(0) as batches:
+        linear = balance_(teacher, folded, plan, batches)
+    student = copy.deepcopy(teacher)
     replay = Replay(teacher, student, source, memory=schedule.memory // 2, reader=reader)
     sweep = _Sweep(replay, teacher, student, schedule, source.seed)
     sweep.plan_choices(folded, plan)
-    early = {n: choice for n, choice in plan.choices.items() if n not in sweep.choosable}
+    for name, basis in linear.items():
+        sweep.choosable.pop(name, None)
+        sweep.restrict(folded[name], basis)
+    decided = {*sweep.choosable, *linear}
+    early = {n: choice for n, choice in plan.choices.items() if n not in decided}
     if early:
         part = Plan(early, plan.model)
         with source.passing(0) as batches:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from timm.models.vgg import ConvMlp
@@ -44,6 +45,7 @@ def project_(
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(requires_grad=False)
     folded = graph.after_folding()
+    _make_up_for_scales_(model, graph, plan)
     spaces = {name: folded[name] for name in plan.choices}
     projections = {name: _projection(model, spaces[name], bases[name]) for name in spaces}
     ports: dict[_Axis, list[tuple[Port, ChannelSpace]]] = {}
@@ -55,6 +57,9 @@ def project_(
     followed = _feature_attributes(model)
     for axis, found in sorted(ports.items(), key=lambda entry: entry[0].axis):
         _register(model, axis, found, projections, homeless)
+    ratios = _kept_shares(graph, plan)
+    for held in graph.sizes:
+        held.place.set(model, held.counted.kept(ratios))
     for owner, name, layer, width in followed:
         with contextlib.suppress(AttributeError):  # a read-only property follows by itself
             setattr(owner, name, getattr(layer, width))
@@ -70,6 +75,23 @@ def project_(
     )
     student.attach(model)
     return student
+
+
+def _kept_shares(graph: SpaceGraph, plan: Plan) -> dict[str, Fraction]:
+    return {n: Fraction(choice.rank, graph[n].channels) for n, choice in plan.choices.items()}
+
+
+@torch.no_grad()
+def _make_up_for_scales_(model: nn.Module, graph: SpaceGraph, plan: Plan) -> None:
+    """Scale queries whose product is divided by the root of the head's size: it becomes smaller."""
+    ratios = _kept_shares(graph, plan)
+    for scaled in graph.scaled:
+        share = Fraction(scaled.counted.kept(ratios), scaled.counted.size)
+        layer = model.get_submodule(scaled.module)
+        for tensor in (layer.weight, layer.bias):
+            for offset, length in scaled.rows if isinstance(tensor, Tensor) else ():
+                assert isinstance(tensor, Tensor)  # noqa: S101 - has been seen above
+                tensor[offset : offset + length] *= float(share) ** 0.5
 
 
 def _projection(model: nn.Module, space: ChannelSpace, basis: Tensor) -> Projection:

@@ -15,7 +15,7 @@ from torchcap.errors import DataError, PlanError, TorchcapError
 from torchcap.graph.spaces import ChannelSpace, Port, SpaceGraph
 from torchcap.plan.plan import Plan
 from torchcap.projection.initialize import Initializer, Readout, SpaceContext
-from torchcap.projection.moments import SecondMoments, input_patches
+from torchcap.projection.moments import SecondMoments, input_patches, output_rows
 
 FULL_MOMENT_FEATURES = 2304
 """Largest patch whose moments are kept whole; taps of larger ones are treated one by one."""
@@ -24,6 +24,8 @@ ROWS_PER_BATCH = 8192
 """Output positions of a layer whose patches are looked at in one batch."""
 
 _Key = tuple[str, Port]
+
+_Moments = Mapping[_Key, "_Reading | _Writing"]
 
 
 @dataclass(slots=True)
@@ -48,6 +50,18 @@ class _Reading:
         self.moments.update(stretch)
 
 
+@dataclass(slots=True)
+class _Writing:
+    """The moments of what one producer writes into one stretch of a space."""
+
+    port: Port
+    moments: SecondMoments
+
+    def update(self, rows: Tensor) -> None:
+        """Add outputs of the whole layer, ``(rows, outputs)``."""
+        self.moments.update(rows[:, self.port.offset : self.port.offset + self.port.channels])
+
+
 def bases_for(
     model: nn.Module,
     graph: SpaceGraph,
@@ -69,7 +83,9 @@ def bases_for(
     """
     spaces = [graph[name] for name in plan.choices]
     moments = {} if data is None else _collect(model, spaces, data)
-    return {space.name: _basis(init, _context(model, space, plan, moments)) for space in spaces}
+    return {
+        space.name: _basis(init, _context(model, graph, space, plan, moments)) for space in spaces
+    }
 
 
 def _basis(init: Initializer, context: SpaceContext) -> Tensor:
@@ -102,7 +118,7 @@ def _basis(init: Initializer, context: SpaceContext) -> Tensor:
 
 
 def _context(
-    model: nn.Module, space: ChannelSpace, plan: Plan, moments: Mapping[_Key, _Reading]
+    model: nn.Module, graph: SpaceGraph, space: ChannelSpace, plan: Plan, moments: _Moments
 ) -> SpaceContext:
     producers = [
         _embedded(_rows(model, port), port, space.channels)
@@ -110,11 +126,8 @@ def _context(
         if port.parameter == "weight"
     ]
     # A readout is a weight with its moments, so without data there are none.
-    readings = [
-        (port, moments[space.name, port])
-        for port in space.consumers
-        if (space.name, port) in moments
-    ]
+    found = [(port, moments.get((space.name, port))) for port in space.consumers]
+    readings = [(port, reading) for port, reading in found if isinstance(reading, _Reading)]
     return SpaceContext(
         name=space.name,
         channels=space.channels,
@@ -122,7 +135,10 @@ def _context(
         blocks=space.blocks,
         selection=space.freedom == "selection",
         producers=tuple(producers),
-        readouts=tuple(_readout(model, space, port, reading) for port, reading in readings),
+        readouts=(
+            *(_readout(model, space, port, reading) for port, reading in readings),
+            *(_score_readout(graph, space, moments) if moments else ()),
+        ),
         moment=_own_moment(space, [reading for _, reading in readings]),
     )
 
@@ -168,6 +184,40 @@ def _readout(model: nn.Module, space: ChannelSpace, port: Port, reading: _Readin
     return Readout(weight, full.reshape(space.channels * size, space.channels * size))
 
 
+def _score_readout(graph: SpaceGraph, space: ChannelSpace, moments: _Moments) -> Iterator[Readout]:
+    """Yield how dot products of queries and keys read a space.
+
+    With ``z = q * k``, channel by channel, the product is ``Σ z``; taken as independent, the two
+    give ``E[z zᵀ] = E[q qᵀ] * E[k kᵀ]``.
+    """
+    products = [product for product in graph.products if product.space == space.name]
+    if not products:
+        return
+    width = space.channels // space.blocks
+    device = next(w.moments.second_moment.device for w in moments.values())
+    weight = torch.zeros(len(products), space.channels, 1, dtype=torch.float64, device=device)
+    moment = torch.zeros(space.channels, space.channels, dtype=torch.float64, device=device)
+    for number, product in enumerate(products):
+        inside = slice(product.block * width, (product.block + 1) * width)
+        weight[number, inside] = 1
+        queries, keys = (
+            _written(space, moments, *side)[:width, :width]
+            for side in (product.left, product.right)
+        )
+        moment[inside, inside] += queries * keys
+    yield Readout(weight, moment)
+
+
+def _written(space: ChannelSpace, moments: _Moments, module: str, first: int) -> Tensor:
+    """Return the second moment of what a layer writes, from one of its outputs on."""
+    for port in space.producers:
+        writing = moments.get((space.name, port))
+        start = first - port.offset
+        if port.module == module and isinstance(writing, _Writing) and 0 <= start < port.channels:
+            return writing.moments.second_moment[start:, start:]
+    raise AssertionError(f"nothing was seen of {module}")  # every producer has been watched
+
+
 def _cut_between_groups_(moment: Tensor, port: Port) -> None:
     """Zero the moments between groups: no group can make up for a channel of another."""
     # A grouped layer reads whole groups of its port, which may start within the axis.
@@ -194,18 +244,29 @@ def _own_moment(space: ChannelSpace, readings: list[_Reading]) -> Tensor | None:
 
 
 @torch.no_grad()
-def _collect(model: nn.Module, spaces: list[ChannelSpace], data: Batches) -> dict[_Key, _Reading]:
-    """Run the data through the model and sum up the moments of every consumer's input."""
+def _collect(model: nn.Module, spaces: list[ChannelSpace], data: Batches) -> _Moments:
+    """Run the data through the model and sum up the moments of every consumer's input.
+
+    Where queries and keys meet in a dot product, what their layers write is summed up too.
+    """
     check_iterable(data)
     readings: dict[_Key, _Reading] = {}
+    writings: dict[_Key, _Writing] = {}
     by_module: dict[str, list[_Reading]] = {}
+    by_writer: dict[str, list[_Writing]] = {}
     for space in spaces:
+        for port in space.producers if space.products else ():
+            if port.parameter == "weight":
+                weight = getattr(model.get_submodule(port.module), port.parameter)
+                moments = SecondMoments(port.channels, device=weight.device)
+                writings[space.name, port] = _Writing(port, moments)
+                by_writer.setdefault(port.module, []).append(writings[space.name, port])
         for port in space.consumers:
             reading = _new_reading(model, port)
             readings[space.name, port] = reading
             by_module.setdefault(port.module, []).append(reading)
     seen = 0
-    with _watched(model, by_module):
+    with _watched(model, by_module, by_writer):
         for batch in data:
             as_batch(batch, seen).run(model)
             seen += 1
@@ -213,11 +274,16 @@ def _collect(model: nn.Module, spaces: list[ChannelSpace], data: Batches) -> dic
         raise DataError("the data is empty: expected at least one batch of images")
     for reading in readings.values():
         reading.moments.reduce()
+    for writing in writings.values():
+        writing.moments.reduce()
     # A reader that runs in training mode alone has seen nothing.
     seeing = {key: reading for key, reading in readings.items() if reading.moments.count}
     if readings and not seeing:
         raise DataError("the data is empty: its batches hold no images")
-    return seeing
+    return {
+        **seeing,
+        **{key: writing for key, writing in writings.items() if writing.moments.count},
+    }
 
 
 def _new_reading(model: nn.Module, port: Port) -> _Reading:
@@ -229,14 +295,21 @@ def _new_reading(model: nn.Module, port: Port) -> _Reading:
 
 
 @contextlib.contextmanager
-def _watched(model: nn.Module, by_module: Mapping[str, list[_Reading]]) -> Iterator[None]:
-    """Hook the consumers for a while, with the model in evaluation mode."""
+def _watched(
+    model: nn.Module,
+    by_module: Mapping[str, list[_Reading]],
+    by_writer: Mapping[str, list[_Writing]],
+) -> Iterator[None]:
+    """Hook consumers and producers for a while, with the model in evaluation mode."""
     modes = [(module, module.training) for module in model.modules()]
     handles = []
     try:
         for path, readings in by_module.items():
             layer = model.get_submodule(path)
             handles.append(layer.register_forward_pre_hook(_Watch(readings)))
+        for path, writings in by_writer.items():
+            layer = model.get_submodule(path)
+            handles.append(layer.register_forward_hook(_WatchOutput(writings)))
         model.eval()
         yield
     finally:
@@ -254,3 +327,13 @@ class _Watch:
         patches = input_patches(layer, args[0], max_rows=ROWS_PER_BATCH)
         for reading in self.readings:
             reading.update(patches)
+
+
+@dataclass(slots=True)
+class _WatchOutput:
+    writings: list[_Writing]
+
+    def __call__(self, layer: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        rows = output_rows(layer, output, max_rows=ROWS_PER_BATCH)
+        for writing in self.writings:
+            writing.update(rows)
