@@ -34,6 +34,7 @@ ORDER = (
     "torchcap.graph.spaces",
     "torchcap.graph.folds",
     "torchcap.graph.taps",
+    "torchcap.graph.findings",
     "torchcap.graph.analyze",
     "torchcap.graph",
     "torchcap.plan.plan",

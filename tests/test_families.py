@@ -26,6 +26,7 @@ from proofs import (
     random_plan,
     randomize_,
     relative_difference,
+    selection_error,
     tensors_of,
 )
 from timm.layers import DropPath
@@ -111,7 +112,6 @@ FAMILIES: dict[str, Family] = {
     "CSPNet, partial stages": of_timm("cs3darknet_focus_s"),
     "NF-RegNet, standardised weights": of_timm("nf_regnet_b0"),
     "GhostNet": of_timm("ghostnet_050"),
-    "MixNet, mixed kernels": of_timm("mixnet_s"),
     "RepVGG, parallel branches": of_timm("repvgg_a0", streams=True),
     "ConvNeXtV2": of_timm("convnextv2_atto"),
     "InceptionNeXt": of_timm("inception_next_atto"),
@@ -134,9 +134,6 @@ FAMILIES: dict[str, Family] = {
     # both
     "LeViT": of_timm("levit_128s", img_size=64),
     "MobileViT": of_timm("mobilevit_xxs"),
-    "EdgeNeXt": of_timm("edgenext_xx_small"),
-    "FastViT": of_timm("fastvit_t8"),
-    "EfficientViT": of_timm("efficientvit_b0"),
     # other tasks
     "LR-ASPP, segmentation": Family(
         lambda: torchvision.models.segmentation.lraspp_mobilenet_v3_large(
@@ -263,6 +260,13 @@ def permuted(model: nn.Module, spaces: Sequence[ChannelSpace]) -> nn.Module:
 @torch.no_grad()
 def test_materialized_model_equals_prepared_model(proven: Proven) -> None:
     assert relative_difference(proven.small_output, proven.run(proven.student)) <= 1e-11
+
+
+def test_selection_is_the_original_without_the_channels_that_are_dropped(proven: Proven) -> None:
+    if "" not in proven.calls:
+        pytest.skip("a detector's boxes hang on ties")
+    error = selection_error(proven.model, proven.plan, proven.inputs, streams=proven.streams)
+    assert error is None or error <= 1e-10
 
 
 def test_predicted_multiply_adds_are_those_counted(proven: Proven) -> None:

@@ -13,7 +13,14 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from torchcap.errors import ModelError, TraceError
-from torchcap.graph.channels import UNKNOWN, Axis, ChannelTable, Ids, Resolved, Run, Scaling
+from torchcap.graph.channels import ChannelTable, Ids
+from torchcap.graph.findings import (
+    counted,
+    dot_products_of,
+    scaled_rows,
+    spaces_of,
+    taps_of,
+)
 from torchcap.graph.folds import find_folds
 from torchcap.graph.heads import item, pin_sizes, reshaping
 from torchcap.graph.inputs import ExampleInputs
@@ -31,19 +38,11 @@ from torchcap.graph.rules import (
 )
 from torchcap.graph.sizes import Place
 from torchcap.graph.spaces import (
-    ChannelSpace,
-    Counted,
-    DotProduct,
-    Freedom,
     HeldSize,
     LayerCall,
-    Port,
-    ScaledRows,
     SpaceGraph,
-    Stretch,
-    Tap,
 )
-from torchcap.graph.taps import Sight, find_sights
+from torchcap.graph.taps import find_sights
 from torchcap.graph.trace import LeafRule, Traced, Tracing, trace
 from torchcap.graph.values import Call, Channels, Extent, Heads, Held, Rule, Value, flat, opaque
 
@@ -187,15 +186,15 @@ class _Reading:
         heads = [rows[0] for rows in (*bound.values(), *(scaling.ids for scaling in scalings))]
         resolved = self.table.resolve([*(sight.value.ids for sight in sights), *heads])
         layouts, head_layouts = resolved.layouts[: len(sights)], resolved.layouts[len(sights) :]
-        spaces, names = self._spaces(resolved)
-        counted = [
-            _counted(len(ids), layout, names)
+        spaces, names = spaces_of(self.table, resolved)
+        counts = [
+            counted(len(ids), layout, names)
             for ids, layout in zip(heads, head_layouts, strict=True)
         ]
-        sizes = [HeldSize(place, c) for place, c in zip(bound, counted, strict=False)]
+        sizes = [HeldSize(place, count) for place, count in zip(bound, counts, strict=False)]
         scaled = [
-            self._scaled_rows(scaling, c)
-            for scaling, c in zip(scalings, counted[len(bound) :], strict=True)
+            scaled_rows(self.table, scaling, count)
+            for scaling, count in zip(scalings, counts[len(bound) :], strict=True)
         ]
         return SpaceGraph(
             model=type(self.model).__name__,
@@ -203,9 +202,9 @@ class _Reading:
             tensors={name: tuple(p.shape) for name, p in self.model.named_parameters()},
             calls=tuple(self._calls()),
             folds=self.folds,
-            taps=tuple(_taps(sights, layouts, names, spaces)),
+            taps=tuple(taps_of(sights, layouts, names, spaces)),
             notes=tuple(self._all_notes()),
-            products=tuple(self._dot_products(resolved, names)),
+            products=tuple(dot_products_of(self.table, resolved, names)),
             sizes=tuple(sizes),
             scaled=tuple(scaled),
         )
@@ -380,75 +379,6 @@ class _Reading:
             self.table.balance(rows, f"does not fall evenly into {place}")
         return found
 
-    def _dot_products(self, resolved: Resolved, names: Mapping[int, str]) -> Iterator[DotProduct]:
-        """Yield the products both of whose sides are stretches of what layers write."""
-        written = {
-            int(first): (axis.module, place, runs)
-            for axis, runs in zip(self.table.axes.values(), resolved.runs, strict=True)
-            if axis.role == "producer"
-            for place, first in enumerate(axis.ids)
-        }
-        for pair in self.table.products():
-            sides = [written.get(int(ids[0])) for ids in pair]
-            straight = all(
-                np.array_equal(ids, np.arange(ids[0], ids[0] + len(ids))) for ids in pair
-            )
-            if None in sides or not straight:
-                continue
-            (left, at, runs), (right, other, _) = sides  # type: ignore[misc]
-            for run in runs:
-                width = resolved.channels[run.space] // resolved.cells[run.space]
-                start = run.start + at - run.offset
-                if run.offset <= at < run.offset + run.channels and width == len(pair[0]):
-                    yield DotProduct(names[run.space], start // width, (left, at), (right, other))
-
-    def _scaled_rows(self, scaling: Scaling, counted: Counted) -> ScaledRows:
-        axis = next(
-            a
-            for a in self.table.axes.values()
-            if a.module == scaling.writer and a.role != "consumer"
-        )
-        rows = np.ones(len(axis.ids), bool)
-        if axis.role == "producer":
-            rows = np.isin(axis.ids, scaling.ids)
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], rows, [False]])))
-        stretches = tuple((int(a), int(b - a)) for a, b in edges.reshape(-1, 2))
-        return ScaledRows(scaling.writer, stretches, counted)
-
-    # ----------------------------------------------------------------------------------------------
-    # Writing down what was found
-
-    def _spaces(self, resolved: Resolved) -> tuple[tuple[ChannelSpace, ...], dict[int, str]]:
-        ports: dict[int, dict[str, list[Port]]] = {}
-        for axis, runs in zip(self.table.axes.values(), resolved.runs, strict=True):
-            for run in runs:
-                roles = ports.setdefault(run.space, {"producer": [], "consumer": [], "carrier": []})
-                roles[axis.role] += _ports(axis, run)
-        names: dict[int, str] = {}
-        taken: Counter[str] = Counter()
-        spaces = []
-        for number, roles in ports.items():
-            if not roles["producer"]:
-                continue
-            first = roles["producer"][0].module
-            taken[first] += 1
-            names[number] = first if taken[first] == 1 else f"{first}:{taken[first]}"
-            freedom, reason = _freedom(resolved, number, roles)
-            spaces.append(
-                ChannelSpace(
-                    name=names[number],
-                    channels=resolved.channels[number],
-                    freedom=freedom,
-                    producers=tuple(roles["producer"]),
-                    consumers=tuple(roles["consumer"]),
-                    carriers=tuple(roles["carrier"]),
-                    reason=reason,
-                    blocks=resolved.cells[number],
-                    products=resolved.products[number],
-                )
-            )
-        return tuple(spaces), names
-
     def _calls(self) -> Iterator[LayerCall]:
         for path, result in self.tracing.ran:
             module = self.model.get_submodule(path)
@@ -459,11 +389,6 @@ class _Reading:
 
 def _no_rule_for_heads(call: Call) -> Value:
     return call.give_up(f"no rule for heads in {call.label}")
-
-
-def _counted(size: int, layout: tuple[Run, ...], names: Mapping[int, str]) -> Counted:
-    sizes = [(names.get(run.space), run.channels * run.repeat) for run in layout]
-    return Counted(size, tuple((name, size) for name, size in sizes if name is not None))
 
 
 def _consistent(value: Value, result: Any) -> bool:
@@ -490,58 +415,3 @@ def _mapped(value: Any, values: Mapping[fx.Node, Value]) -> Any:
     if isinstance(value, slice):
         return slice(*(_mapped(v, values) for v in (value.start, value.stop, value.step)))
     return value
-
-
-def _ports(axis: Axis, run: Run) -> list[Port]:
-    return [
-        Port(axis.module, name, dim, run.offset, run.start, run.channels, run.repeat, axis.groups)
-        for name, dim in axis.tensors
-    ]
-
-
-def _freedom(
-    resolved: Resolved, space: int, roles: Mapping[str, list[Port]]
-) -> tuple[Freedom, str]:
-    reason = resolved.reasons[space]
-    if reason is None and not roles["consumer"] and not resolved.products[space]:
-        reason = "no layer with a rule reads it"
-    if reason is None and resolved.channels[space] == resolved.cells[space]:
-        reason = "every block holds one channel"
-    if reason is not None:
-        return "fixed", reason
-    if resolved.selection[space] is not None:
-        return "selection", str(resolved.selection[space])
-    return ("stiefel" if resolved.nonlinear[space] else "linear"), ""
-
-
-def _taps(
-    sights: Sequence[Sight],
-    layouts: Sequence[tuple[Run, ...]],
-    names: Mapping[int, str],
-    spaces: Sequence[ChannelSpace],
-) -> Iterator[Tap]:
-    readers = {
-        module
-        for space in spaces
-        if space.free
-        for port in space.consumers
-        for module in (port.module, port.module.rpartition(".")[0])
-    }
-    for sight, layout in zip(sights, layouts, strict=True):
-        if layout and (sight.reader is None or sight.reader in readers):
-            yield Tap(
-                sight.name,
-                sight.module,
-                sight.call,
-                sight.side,
-                sight.value.dim,
-                tuple(
-                    Stretch(
-                        None if run.space == UNKNOWN else names.get(run.space),
-                        run.start,
-                        run.channels,
-                        run.repeat,
-                    )
-                    for run in layout
-                ),
-            )

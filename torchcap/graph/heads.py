@@ -352,10 +352,9 @@ def unchanged(call: Call) -> Value:
 def pointwise(call: Call) -> Value:
     """One function of one variable, the same for all entries."""
     x = call.argument(0, "input")
-    tensors = [
-        v for v in flat((call.args, call.kwargs)) if isinstance(v, Channels | Heads | Opaque)
-    ]
-    if not isinstance(x, Heads) or len(tensors) > 1:
+    values = flat((call.args, call.kwargs))
+    tensors = [v for v in values if isinstance(v, Channels | Heads | Opaque)]
+    if not isinstance(x, Heads) or any(v is not x and math.prod(v.shape) != 1 for v in tensors):
         return call.give_up(call.unexpected)
     call.table.bend(x.ids)
     return _like(call, x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 
 import numpy as np
 import torch
@@ -28,7 +29,8 @@ def pointwise(call: Call) -> Value:
     x = call.argument(0, "input")
     if not isinstance(x, Channels):
         return call.give_up(call.unexpected)
-    if sum(isinstance(v, Channels | Opaque) for v in flat((call.args, call.kwargs))) > 1:
+    tensors = [v for v in flat((call.args, call.kwargs)) if isinstance(v, Channels | Opaque)]
+    if any(v is not x and prod(v.shape) != 1 for v in tensors):
         return call.give_up(f"{call.label} reads several tensors")
     call.table.bend(x.ids)
     return call.like(x)

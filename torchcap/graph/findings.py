@@ -1,0 +1,155 @@
+"""Writing down what a reading has found: resolved channels as plain data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from torchcap.graph.channels import UNKNOWN, Axis, ChannelTable, Resolved, Run, Scaling
+from torchcap.graph.spaces import (
+    ChannelSpace,
+    Counted,
+    DotProduct,
+    Freedom,
+    Port,
+    ScaledRows,
+    Stretch,
+    Tap,
+)
+from torchcap.graph.taps import Sight
+
+Names = Mapping[int, str]
+"""Names of spaces, by their number."""
+
+
+def spaces_of(
+    table: ChannelTable, resolved: Resolved
+) -> tuple[tuple[ChannelSpace, ...], dict[int, str]]:
+    """Return the spaces that have a producer, and their names by number."""
+    ports: dict[int, dict[str, list[Port]]] = {}
+    for axis, runs in zip(table.axes.values(), resolved.runs, strict=True):
+        for run in runs:
+            roles = ports.setdefault(run.space, {"producer": [], "consumer": [], "carrier": []})
+            roles[axis.role] += _ports(axis, run)
+    names: dict[int, str] = {}
+    taken: Counter[str] = Counter()
+    spaces = []
+    for number, roles in ports.items():
+        if not roles["producer"]:
+            continue
+        first = roles["producer"][0].module
+        taken[first] += 1
+        names[number] = first if taken[first] == 1 else f"{first}:{taken[first]}"
+        freedom, reason = _freedom(resolved, number, roles)
+        spaces.append(
+            ChannelSpace(
+                name=names[number],
+                channels=resolved.channels[number],
+                freedom=freedom,
+                producers=tuple(roles["producer"]),
+                consumers=tuple(roles["consumer"]),
+                carriers=tuple(roles["carrier"]),
+                reason=reason,
+                blocks=resolved.cells[number],
+                products=resolved.products[number],
+            )
+        )
+    return tuple(spaces), names
+
+
+def _ports(axis: Axis, run: Run) -> list[Port]:
+    return [
+        Port(axis.module, name, dim, run.offset, run.start, run.channels, run.repeat, axis.groups)
+        for name, dim in axis.tensors
+    ]
+
+
+def _freedom(
+    resolved: Resolved, space: int, roles: Mapping[str, list[Port]]
+) -> tuple[Freedom, str]:
+    reason = resolved.reasons[space]
+    if reason is None and not roles["consumer"] and not resolved.products[space]:
+        reason = "no layer with a rule reads it"
+    if reason is None and resolved.channels[space] == resolved.cells[space]:
+        reason = "every block holds one channel"
+    if reason is not None:
+        return "fixed", reason
+    if resolved.selection[space] is not None:
+        return "selection", str(resolved.selection[space])
+    return ("stiefel" if resolved.nonlinear[space] else "linear"), ""
+
+
+def counted(size: int, layout: tuple[Run, ...], names: Names) -> Counted:
+    """Return how many channels of which spaces a layout holds."""
+    sizes = [(names.get(run.space), run.channels * run.repeat) for run in layout]
+    return Counted(size, tuple((name, size) for name, size in sizes if name is not None))
+
+
+def dot_products_of(table: ChannelTable, resolved: Resolved, names: Names) -> Iterator[DotProduct]:
+    """Yield the products both of whose sides are stretches of what layers write."""
+    written = {
+        int(first): (axis.module, place, runs)
+        for axis, runs in zip(table.axes.values(), resolved.runs, strict=True)
+        if axis.role == "producer"
+        for place, first in enumerate(axis.ids)
+    }
+    for pair in table.products():
+        sides = [written.get(int(ids[0])) for ids in pair]
+        straight = all(np.array_equal(ids, np.arange(ids[0], ids[0] + len(ids))) for ids in pair)
+        if None in sides or not straight:
+            continue
+        (left, at, runs), (right, other, _) = sides  # type: ignore[misc]
+        for run in runs:
+            width = resolved.channels[run.space] // resolved.cells[run.space]
+            start = run.start + at - run.offset
+            if run.offset <= at < run.offset + run.channels and width == len(pair[0]):
+                yield DotProduct(names[run.space], start // width, (left, at), (right, other))
+
+
+def scaled_rows(table: ChannelTable, scaling: Scaling, counted: Counted) -> ScaledRows:
+    """Return the rows of a layer that are scaled for a product of queries and keys."""
+    axis = next(
+        a for a in table.axes.values() if a.module == scaling.writer and a.role != "consumer"
+    )
+    rows = np.ones(len(axis.ids), bool)
+    if axis.role == "producer":
+        rows = np.isin(axis.ids, scaling.ids)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], rows, [False]])))
+    stretches = tuple((int(a), int(b - a)) for a, b in edges.reshape(-1, 2))
+    return ScaledRows(scaling.writer, stretches, counted)
+
+
+def taps_of(
+    sights: Sequence[Sight],
+    layouts: Sequence[tuple[Run, ...]],
+    names: Names,
+    spaces: Sequence[ChannelSpace],
+) -> Iterator[Tap]:
+    """Yield the places where features can be compared, of those that were seen."""
+    readers = {
+        module
+        for space in spaces
+        if space.free
+        for port in space.consumers
+        for module in (port.module, port.module.rpartition(".")[0])
+    }
+    for sight, layout in zip(sights, layouts, strict=True):
+        if layout and (sight.reader is None or sight.reader in readers):
+            yield Tap(
+                sight.name,
+                sight.module,
+                sight.call,
+                sight.side,
+                sight.value.dim,
+                tuple(
+                    Stretch(
+                        None if run.space == UNKNOWN else names.get(run.space),
+                        run.start,
+                        run.channels,
+                        run.repeat,
+                    )
+                    for run in layout
+                ),
+            )
