@@ -339,7 +339,7 @@ class ResidualOptionA(nn.Module):
     Space(6, "stiefel", "stem", "conv1 shortcut.0"),
     Space(4, "stiefel", "conv1", "conv2", "bn1"),
     Space(5, "stiefel", "conv2", "conv3", "bn2"),
-    Space(8, "fixed", "conv3 shortcut.0", "fc", "bn3 shortcut.1", STREAM),
+    Space(8, "stiefel", "conv3 shortcut.0", "fc", "bn3 shortcut.1"),
     Space(4, "fixed", "fc", reason=OUTPUT),
     folds={"conv1": "bn1", "conv2": "bn2", "conv3": "bn3", "shortcut.0": "shortcut.1"},
 )
@@ -445,7 +445,7 @@ class DenseBlock(nn.Module):
 
 @truth(
     Space(8, "stiefel", "conv1", "left right", blocks=2),
-    Space(6, "fixed", "left right", "last", reason=STREAM),
+    Space(6, "linear", "left right", "last"),
     Space(4, "fixed", "last", reason=OUTPUT),
 )
 class ChunkHalves(nn.Module):
@@ -482,7 +482,7 @@ class GatedHalves(nn.Module):
 
 @truth(
     Space(10, "stiefel", "wide narrow", "left right", blocks=2),
-    Space(6, "fixed", "left right", reason=STREAM),
+    Space(6, "fixed", "left right", reason=OUTPUT),
 )
 class ChunkOfConcatenation(nn.Module):
     """The pieces are those that were put together: two layers share one space of two blocks."""
@@ -504,7 +504,7 @@ class ChunkOfConcatenation(nn.Module):
     Space(4, "fixed", "small", "left", reason="does not fall evenly into the pieces of 'chunk'"),
     Space(1, "fixed", "large", "left", reason="does not fall evenly into the pieces of 'chunk'"),
     Space(5, "fixed", "large", "right", reason="does not fall evenly into the pieces of 'chunk'"),
-    Space(6, "fixed", "left right", reason=STREAM),
+    Space(6, "fixed", "left right", reason=OUTPUT),
 )
 class ChunkAcrossConcatenation(nn.Module):
     def __init__(self) -> None:
@@ -1291,7 +1291,7 @@ class ConcatenationByAxis(nn.Module):
 
 @truth(
     Space(8, "stiefel", "conv1", "left right", blocks=2),
-    Space(3, "fixed", "left right", reason=STREAM),
+    Space(3, "fixed", "left right", reason=OUTPUT),
 )
 class ChunkByAxis(nn.Module):
     def __init__(self) -> None:

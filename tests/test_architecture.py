@@ -24,6 +24,7 @@ ORDER = (
     "torchcap.graph.inputs",
     "torchcap.graph.watch",
     "torchcap.graph.trace",
+    "torchcap.graph.escapes",
     "torchcap.graph.values",
     "torchcap.graph.operators",
     "torchcap.graph.moving",

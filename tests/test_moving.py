@@ -305,8 +305,24 @@ def test_shape_of_another_layer_binds_their_widths() -> None:
     check_first_space(model, "linear")
 
 
-def test_addcmul_of_two_features_is_a_skip_addition() -> None:
+def test_addcmul_of_two_features_joins_them() -> None:
     graph = analyze(meeting(lambda a, b, *_: torch.addcmul(a, MASK, b)), IMAGE)
+    (space,) = graph.free
+    assert {port.module for port in space.producers} == {"first", "twin"}
+
+
+def test_addcmul_with_what_has_been_there_before_is_a_skip() -> None:
+    class Skip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1)
+            self.last = nn.Conv2d(6, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.last(torch.addcmul(x, MASK[..., :1, :1] * 1.0, self.second(x)))
+
+    graph = analyze(Skip().eval(), IMAGE.float())
     assert not graph.free
     assert "residual stream" in graph["first"].reason
 

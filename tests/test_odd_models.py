@@ -1049,16 +1049,14 @@ def test_numbers_that_come_from_a_width_stay(number: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Open faults
+# What once went wrong
 
 
-@pytest.mark.xfail(strict=True, reason="an integer escapes from a Size without a note")
 @pytest.mark.parametrize("number", ESCAPED)
 def test_numbers_that_come_from_a_width_by_other_ways_stay(number: str) -> None:
     check_scored(ESCAPED[number])
 
 
-@pytest.mark.xfail(strict=True, reason="what hooks do to a tensor is not read")
 @pytest.mark.parametrize("place", ["behind the first", "before the second"])
 def test_hooks_that_change_a_tensor_are_seen(place: str) -> None:
     case = Odd(lambda: nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 4)))
@@ -1071,7 +1069,6 @@ def test_hooks_that_change_a_tensor_are_seen(place: str) -> None:
     assert not free or permutation_error(model, free, inputs) <= 1e-12
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="its norm is folded all the same")
 @pytest.mark.parametrize("tool", ["spectral norm", "weight norm", "pruning"])
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_weights_that_a_hook_computes_stay(tool: str) -> None:
@@ -1092,14 +1089,12 @@ def test_weights_that_a_hook_computes_stay(tool: str) -> None:
     assert identity_error(model, inputs) <= 1e-12
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="raised by torch, without advice")
 def test_lazy_model_is_refused_with_what_to_do() -> None:
     model = nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
     with pytest.raises(ModelError, match=r"0\.weight.*"):
         analyze(model, torch.zeros(IMAGE))
 
 
-@pytest.mark.xfail(strict=True, reason="a single channel is squeezed away")
 def test_squeeze_of_the_channels_stays_true_at_one_channel() -> None:
     case = Odd(lambda: Function(lambda x: x.squeeze(1)))
     model, inputs = case.model(), case.inputs()
@@ -1108,7 +1103,6 @@ def test_squeeze_of_the_channels_stays_true_at_one_channel() -> None:
     assert materialize_error(random_student(model, least, inputs), inputs) <= 1e-12
 
 
-@pytest.mark.xfail(strict=True, reason="raised by torch as the scripted layer is copied")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_scripted_layer_inside_is_a_boundary_or_refused() -> None:
     model = Around()
@@ -1121,14 +1115,12 @@ def test_scripted_layer_inside_is_a_boundary_or_refused() -> None:
     assert small.second.out_channels == 3
 
 
-@pytest.mark.xfail(strict=True, reason="the shape of the result is asked of fake tensors alone")
 def test_model_that_indexes_by_a_mask_is_read() -> None:
     case = Odd(lambda: Function(lambda x: x[:, torch.arange(8) < 4], width=4))
     graph = analyze(case.model(), case.inputs())
     assert [space.name for space in graph.free] == ["second"]
 
 
-@pytest.mark.xfail(strict=True, reason="arguments by any name are put in as a list")
 def test_forward_of_any_keyword_arguments_is_read() -> None:
     class Open(Around):
         def forward(self, x: Tensor, **more: Any) -> Tensor:

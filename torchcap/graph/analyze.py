@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from torchcap.errors import ModelError, TraceError
 from torchcap.graph.channels import ChannelTable, Ids
+from torchcap.graph.escapes import escaped_sizes
 from torchcap.graph.findings import (
     counted,
     dot_products_of,
@@ -95,8 +96,20 @@ def analyze(
             "scripted or frozen one; pass the module that it was made from"
         )
     table = {**RULES, **(rules or {})}
-    tracing = trace(model, example_inputs, is_leaf=leaf_rule(leaves, rules))
-    return _Reading(model, tracing, table, streams=streams).graph()
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(f"{path!r} is scripted and cannot be read; use what it was made from")
+    is_leaf = leaf_rule(leaves, rules)
+    tracing = trace(model, example_inputs, is_leaf=is_leaf)
+    reading = _Reading(model, tracing, table, streams=streams)
+    graph = reading.graph()
+    places = [held.place for held in graph.sizes]
+    escaped = escaped_sizes(model, tracing.graphs, places, is_leaf) if places else set()
+    if escaped:
+        reading = _Reading(model, tracing, table, streams=streams)
+        reading.table.pinned |= escaped
+        graph = reading.graph()
+    return graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +172,7 @@ class _Reading:
         self.rules = rules
         self.streams = streams
         self.table = ChannelTable()
+        self.hooked = {path for reading in self.readings for path in reading.hooked}
         self.shared = self._shared_modules()
         self.read_outside = self._modules_read_outside()
         self.direct: set[tuple[str, str, int]] = set()
@@ -237,6 +251,8 @@ class _Reading:
 
     def _apply_rule(self, reading: Traced, node: fx.Node) -> Value:
         call = self._call(reading, node, node.meta.get("val"))
+        if call.path in self.hooked:
+            return call.give_up(f"a hook changes what {call.label} reads or gives")
         rule = find_rule(node, call.module, self.rules)
         values = list(flat((call.args, call.kwargs)))
         if any(isinstance(v, Heads) for v in values) and rule is not None:
@@ -275,6 +291,7 @@ class _Reading:
             rule_of=lambda module: find_module_rule(module, self.rules),
             folds=self.folded,
             streams=self.streams,
+            values=self.values,
         )
 
     def _boundary(self, call: Call) -> Value:
@@ -297,6 +314,8 @@ class _Reading:
         wide = [dim for dim, size in enumerate(shape) if size > 1]
         held = {**owner._parameters, **owner._buffers}
         if not wide or held.get(name) is None:
+            return opaque(node.meta.get("val"))
+        if len(wide) > 1 and find_module_rule(owner, self.rules) is not None:
             return opaque(node.meta.get("val"))
         self.direct |= {(path, name, dim) for dim in wide}
         if len(wide) > 1:
@@ -327,7 +346,9 @@ class _Reading:
 
     def _modules_read_outside(self) -> dict[str, str]:
         """Return the modules that own a tensor which the forward reads directly, or goes past."""
+        hooked = {path: f"a hook changes what {path!r} reads or gives" for path in self.hooked}
         return {
+            **hooked,
             **self.tracing.past,
             **{
                 str(node.target).rpartition(".")[0]: f"{node.target} is read outside of its layer"

@@ -79,4 +79,7 @@ def _has_statistics(norm: nn.Module) -> bool:
 
 
 def _foldable(module: nn.Module) -> bool:
-    return not parametrize.is_parametrized(module)
+    """Whether a module's tensors are its own, not computed by a parametrization or a hook."""
+    held = {**module._parameters, **module._buffers}
+    own = all(getattr(module, n, None) is held.get(n) for n in ("weight", "bias"))
+    return own and not parametrize.is_parametrized(module)

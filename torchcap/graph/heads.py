@@ -479,9 +479,8 @@ def _combined_heads(call: Call, left: Heads, right: Heads, *, factor: bool) -> V
     call.table.join(wide.ids, spread)
     if factor:
         call.table.select(wide.ids, f"multiplied channel by channel at {call.node.name!r}")
-    elif not np.array_equal(wide.ids, spread):
-        restrict = call.table.select if call.streams else call.table.fix
-        restrict(wide.ids, f"residual stream: joined at {call.node.name!r}")
+    else:
+        call.restrict_sum(wide.ids, spread)
     return fitting(call, Heads(call.shape, tuple(places), wide.ids, wide.width))
 
 

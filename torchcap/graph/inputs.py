@@ -108,6 +108,6 @@ def placeholder_values(model: nn.Module, inputs: Inputs) -> list[Any]:
     for name, parameter in bound.signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
             values.extend(bound.arguments[name])
-        elif parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+        else:
             values.append(bound.arguments[name])
     return values

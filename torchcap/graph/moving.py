@@ -123,10 +123,10 @@ def removal(call: Call) -> Value:
     if not isinstance(dim, int):
         return call.give_up(f"squeezed without a dimension at {call.node.name!r}")
     dim %= len(x.shape)
+    if dim == x.dim:  # it would vanish, were there one channel left
+        return call.give_up(f"squeezed along the channels at {call.node.name!r}")
     if x.shape[dim] != 1:
         return call.like(x)
-    if dim == x.dim:
-        return call.give_up(f"squeezed along the channels at {call.node.name!r}")
     return call.like(x, x.dim - (dim < x.dim))
 
 

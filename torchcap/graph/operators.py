@@ -142,9 +142,8 @@ def _combine_channels(call: Call, left: Channels, right: Channels, verb: str) ->
         call.table.select(left.ids, f"multiplied channel by channel at {call.node.name!r}")
     elif any(_is_parameter(call, x) for x in (left, right)):
         call.table.select(left.ids, f"a term for each channel at {call.node.name!r}")
-    elif not np.array_equal(left.ids, right.ids):
-        restrict = call.table.select if call.streams else call.table.fix
-        restrict(left.ids, f"residual stream: joined at {call.node.name!r}")
+    else:
+        call.restrict_sum(left.ids, right.ids)
     return call.like(wide)
 
 

@@ -111,7 +111,8 @@ def _pinning(name: str) -> Callable[..., Any]:
 for _name in (
     "__add__", "__radd__", "__sub__", "__rsub__", "__floordiv__", "__rfloordiv__", "__truediv__",
     "__rtruediv__", "__mod__", "__rmod__", "__divmod__", "__rdivmod__", "__pow__", "__rpow__",
-    "__neg__", "__abs__", "__float__", "__int__", "__index__", "__bool__", "__eq__", "__ne__",
+    "__neg__", "__pos__", "__abs__", "__round__", "__ceil__", "__floor__", "__trunc__",
+    "__str__", "__format__", "__float__", "__int__", "__index__", "__bool__", "__eq__", "__ne__",
     "__lt__", "__le__", "__gt__", "__ge__", "__lshift__", "__rshift__", "__and__", "__or__",
     "__xor__",
 ):  # fmt: skip

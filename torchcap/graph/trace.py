@@ -29,8 +29,14 @@ from typing import Any
 import torch
 from timm.layers import get_notrace_functions, is_notrace_module
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.nn.parameter import UninitializedParameter
+from torch.utils._pytree import tree_leaves
 
 from torchcap.errors import ExampleInputsError, ModelError, TraceError
 from torchcap.graph.inputs import (
@@ -45,6 +51,8 @@ from torchcap.graph.sizes import Place, track_sizes_
 from torchcap.graph.watch import Watched, watch_forward
 
 LeafRule = Callable[[nn.Module], bool]
+
+_LOOKS_AT_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 
 _MOST_UNREAD = 100
 """Modules that may stand as one operator because they cannot be traced: each costs a reading."""
@@ -66,6 +74,8 @@ class Traced:
         ran: (qualified name, output) of every module that runs, in the order in which they end,
             those inside of unread modules too; outputs are fake tensors.
         pinned: the sizes that the forward computes with.
+        inputs: what the forward was traced for; None where the graph was given.
+        hooked: qualified names of the modules with a hook that changes what they read or give.
     """
 
     module: fx.GraphModule
@@ -75,6 +85,8 @@ class Traced:
     unread: Mapping[str, str] = field(default_factory=dict)
     ran: list[tuple[str, Any]] = field(default_factory=list)
     pinned: Set[Place] = frozenset()
+    inputs: Inputs | None = None
+    hooked: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +192,7 @@ class _Search:
 
     def _watch(self) -> Watched:
         watched = shadow(self.model)
-        _set_mode(watched, training=False)
+        set_mode(watched, training=False)
         try:
             return watch_forward(watched, self.inputs.args, dict(self.inputs.kwargs))
         except Exception as error:  # a user's forward may raise anything on a wrong shape
@@ -223,6 +235,11 @@ def shadow(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: if the model cannot be copied.
     """
+    for label, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ModelError(
+                f"{label!r} has no shape yet (a lazy module); run the model once on example inputs"
+            )
     memo: dict[int, Any] = {
         id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
     }
@@ -237,7 +254,7 @@ def shadow(model: nn.Module) -> nn.Module:
         ) from error
 
 
-class _Reader(fx.Tracer):
+class GraphReader(fx.Tracer):
     """A tracer that also notes which module call produced which value, and where it failed."""
 
     def __init__(self, is_leaf: LeafRule, unread: Container[str]) -> None:
@@ -249,6 +266,7 @@ class _Reader(fx.Tracer):
         self.failed: str | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module stands as one operator."""
         return (
             module_qualified_name in self._unread
             or self._is_leaf(m)
@@ -262,6 +280,7 @@ class _Reader(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
+        """Trace a call of a module."""
         path = self.path_of_module(m)
         index = self._calls.get(path, 0)
         self._calls[path] = index + 1
@@ -318,31 +337,42 @@ def _trace_in_mode(
     *,
     training: bool,
 ) -> Traced:
-    reader = _Reader(is_leaf, {path.removeprefix(f"{piece}.") for path in unread})
+    reader = GraphReader(is_leaf, {path.removeprefix(f"{piece}.") for path in unread})
     mode = "train" if training else "eval"
     concrete = frozen_arguments(model.get_submodule(piece), inputs)
     # Some forwards keep what they compute on the module; a proxy kept there would spoil the model.
     copied = shadow(model)
-    _set_mode(copied, training=training)
+    set_mode(copied, training=training)
     pinned = track_sizes_(copied, is_leaf)
     try:
         with warnings.catch_warnings(action="ignore"):  # of frozen arguments that are not asserted
             graph = reader.trace(copied.get_submodule(piece), concrete_args=concrete)
     except Exception as error:  # a user's forward may raise anything on a proxy
-        failed = None if reader.failed is None else _joined(piece, reader.failed)
+        failed = None if reader.failed is None else joined(piece, reader.failed)
         raise _Untraceable(failed, _first_line(error)) from error
     for node in graph.nodes:
         if node.op in {"call_module", "get_attr"}:
-            node.target = _joined(piece, str(node.target))
+            node.target = joined(piece, str(node.target))
+    for node in graph.find_nodes(op="placeholder"):  # an interpreter would put in a list
+        node.target = str(node.target).removeprefix("**")
     outputs = {
-        node: tuple((_joined(piece, path), call) for path, call in calls)
+        node: tuple((joined(piece, path), call) for path, call in calls)
         for node, calls in reader.outputs.items()
     }
     pinned = set(pinned)  # what looks at sizes from here on does not belong to the forward
-    return Traced(fx.GraphModule(copied, graph), outputs, mode, piece, dict(unread), pinned=pinned)
+    return Traced(
+        fx.GraphModule(copied, graph),
+        outputs,
+        mode,
+        piece,
+        dict(unread),
+        pinned=pinned,
+        inputs=inputs,
+    )
 
 
-def _joined(outer: str, inner: str) -> str:
+def joined(outer: str, inner: str) -> str:
+    """Join two qualified names, either of which may be empty."""
     return f"{outer}.{inner}" if outer and inner else outer or inner
 
 
@@ -358,11 +388,11 @@ def _propagate_shapes(reading: Traced, model: nn.Module, inputs: Inputs) -> None
     values = placeholder_values(model, inputs)
     try:
         # Shapes are those of evaluation: batch norm refuses one value a channel in training.
-        _set_mode(graph_module, training=False)
-        with torch.no_grad(), _noted(reading):
+        set_mode(graph_module, training=False)
+        with torch.no_grad(), _hooks_watched(reading), _noted(reading):
             try:
                 FakeTensorProp(graph_module, fake).propagate(*values)
-            except DataDependentOutputException:  # a leaf looks at values: run it on real ones
+            except _LOOKS_AT_VALUES:  # then it is run on real ones
                 reading.ran.clear()
                 _RealPropagation(graph_module).run(*values)
     except Exception as error:  # a user's forward may raise anything on a wrong shape
@@ -399,6 +429,33 @@ def _noted(reading: Traced) -> Iterator[None]:
             handle.remove()
 
 
+@contextlib.contextmanager
+def _hooks_watched(reading: Traced) -> Iterator[None]:
+    """Note the modules whose hooks change a tensor, for a while."""
+    kept: list[tuple[Any, Any]] = []
+    for path, module in reading.module.named_modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            kept.append((hooks, dict(hooks)))
+            for key, hook in kept[-1][1].items():
+                hooks[key] = partial(_watched_hook, path, hook, reading.hooked)
+    try:
+        yield
+    finally:
+        for hooks, before in kept:
+            hooks.update(before)
+
+
+def _watched_hook(
+    path: str, hook: Callable[..., Any], changing: set[str], module: nn.Module, *args: Any
+) -> Any:
+    tensors = [value for value in tree_leaves(args) if isinstance(value, Tensor)]
+    versions = [tensor._version for tensor in tensors]
+    result = hook(module, *args)
+    if result is not None or versions != [tensor._version for tensor in tensors]:
+        changing.add(path)
+    return result
+
+
 class _RealPropagation(fx.Interpreter):
     """Runs a graph on real tensors, and keeps their shapes."""
 
@@ -421,7 +478,7 @@ def _copy_graph(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
-def _set_mode(model: nn.Module, *, training: bool) -> None:
+def set_mode(model: nn.Module, *, training: bool) -> None:
     """Set the mode flags, without calling a ``train()`` that a user has overridden."""
     for module in model.modules():
         module.training = training

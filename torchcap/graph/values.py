@@ -9,7 +9,7 @@ follows channels; everything else is the plain Python value. A
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -139,6 +139,7 @@ class Call:
         rule_of: finds the rule of a module, for layers that hold others inside.
         folds: qualified names of the normalisations that will be folded into the layer before.
         streams: whether channels that are joined by a skip addition may be dropped.
+        values: what is known of the nodes before this one.
     """
 
     node: fx.Node
@@ -151,6 +152,7 @@ class Call:
     rule_of: Callable[[nn.Module], Rule | None]
     folds: Container[str] = ()
     streams: bool = False
+    values: Mapping[fx.Node, Value] = field(default_factory=dict)
 
     @property
     def folded(self) -> bool:
@@ -185,6 +187,41 @@ class Call:
     def followed(self) -> list[Channels]:
         """Return the tensors among the arguments whose channels are followed."""
         return [v for v in flat((self.args, self.kwargs)) if isinstance(v, Channels)]
+
+    def restrict_sum(self, left: Ids, right: Ids) -> None:
+        """Note that two tensors are added up; channels that go past a layer stay, or are a choice.
+
+        A sum is a *skip* if what one of the two holds has been there on the way to the other: the
+        stream of a residual network. Any other sum, of parallel branches, mixes no channels.
+        """
+        if np.array_equal(left, right) or not self._is_skip():
+            return
+        restrict = self.table.select if self.streams else self.table.fix
+        restrict(left, f"residual stream: joined at {self.node.name!r}")
+
+    def _is_skip(self) -> bool:
+        nodes = self.node.all_input_nodes
+        held = [(node, self.values.get(node)) for node in nodes]
+        return any(
+            self._passed(other, value.ids)
+            for node, value in held
+            for other in nodes
+            if other is not node and isinstance(value, Channels | Heads)
+        )
+
+    def _passed(self, node: fx.Node, ids: Ids) -> bool:
+        """Whether some of these channels have been met on the way to a node."""
+        waiting, seen = [node], {node}
+        while waiting:
+            for before in waiting.pop().all_input_nodes:
+                if before in seen:
+                    continue
+                value = self.values.get(before)
+                if isinstance(value, Channels | Heads) and bool(np.isin(ids, value.ids).any()):
+                    return True
+                seen.add(before)
+                waiting.append(before)
+        return False
 
     def like(self, x: Channels, dim: int | None = None) -> Channels:
         """Return the result as a tensor with the channels of ``x``."""
