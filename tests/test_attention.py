@@ -514,3 +514,9 @@ def test_streams_with_positions_lose_channels_too() -> None:
 def test_positions_that_are_read_in_another_way_stay() -> None:
     graph = analyze(PositionsReadTwice().eval(), FEATURES, streams=True)
     assert graph["embed"].reason == "positions is used in other ways too"
+
+
+def test_streams_with_positions_stay_unless_asked_for() -> None:
+    graph = analyze(Tokens().eval(), FEATURES)
+    assert [space.name for space in graph.free] == ["block.qkv"]
+    assert "residual stream" in graph["embed"].reason

@@ -140,17 +140,20 @@ def _combine_channels(call: Call, left: Channels, right: Channels, verb: str) ->
     call.table.join(left.ids, right.ids)
     if verb == "multiplied with":
         call.table.select(left.ids, f"multiplied channel by channel at {call.node.name!r}")
-    elif any(_is_parameter(call, x) for x in (left, right)):
+    elif _has_parameter(call, left, right):
         call.table.select(left.ids, f"a term for each channel at {call.node.name!r}")
     else:
         call.restrict_sum(left.ids, right.ids)
     return call.like(wide)
 
 
-def _is_parameter(call: Call, x: Channels) -> bool:
-    """Whether this is a tensor that the program holds, rather than a feature map."""
-    held = (axis.ids for axis in call.table.axes.values() if axis.role == "carrier")
-    return any(np.array_equal(ids, x.ids) for ids in held)
+def _has_parameter(call: Call, *operands: Channels) -> bool:
+    """Whether one of the two is a tensor that the program holds, rather than a feature map."""
+    if any(isinstance(value, Held) for value in call.args):
+        return True
+    held = [axis.ids for axis in call.table.axes.values() if axis.role == "carrier"]
+    vectors = [x for x in operands if prod(x.shape) == len(x.ids)]
+    return any(np.array_equal(ids, x.ids) for x in vectors for ids in held)
 
 
 def multiplied_addition(call: Call) -> Value:
