@@ -450,9 +450,23 @@ class RelativePositions(Attention):
         return scores.softmax(-1) @ value
 
 
+class ScaleOfTheLayer(Attention):
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scores = (query * self.qkv.out_features**-0.5) @ key.transpose(-2, -1)
+        return scores.softmax(-1) @ value
+
+
+class ScaleInOneMode(Attention):
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scale = self.scale if self.training else None
+        return F.scaled_dot_product_attention(query, key, value, scale=scale)
+
+
 @pytest.mark.parametrize(
     ("cls", "reason"),
     [
+        (ScaleOfTheLayer, "qkv.out_features is read outside of its layer"),
+        (ScaleInOneMode, "scaled in one mode and not in the other"),
         (FixedWidth, "reshaped to a fixed number of channels"),
         (ScaleOfTheForward, "counted by head_dim, which is used in other ways too"),
         (QueriesUsedTwice, "is read in several places"),
@@ -466,6 +480,55 @@ def test_what_cannot_follow_stays_with_a_reason(cls: type[nn.Module], reason: st
     graph = analyze(cls().eval(), TOKENS)
     assert not graph.free
     assert any(reason in space.reason for space in graph.spaces)
+
+
+def _in_place(change: Callable[[Tensor], object]) -> Callable[..., Tensor]:
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        change(query)
+        return F.scaled_dot_product_attention(query, key, value)
+
+    return attend
+
+
+ENTANGLED: dict[str, Callable[..., Tensor]] = {
+    "added to in place": _in_place(lambda q: q.add_(0.7)),
+    "bent in place": _in_place(lambda q: F.silu(q, inplace=True)),
+    "bent as a view": _in_place(lambda q: q[:, :, :1].add_(1.0)),
+    "multiplied with themselves": _in_place(lambda q: q.mul_(q)),
+    "keys too": lambda q, k, v: F.scaled_dot_product_attention(q, q * 2, v),
+    "a part of the keys": lambda q, k, v: F.scaled_dot_product_attention(q, k + q, v),
+    "a gate of the keys": lambda q, k, v: F.scaled_dot_product_attention(q, k * q.sigmoid(), v),
+    "beside the keys": lambda q, k, v: F.scaled_dot_product_attention(
+        q, torch.cat([k, q], 2), torch.cat([v, v], 2)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ENTANGLED)
+def test_queries_that_are_read_besides_are_not_scaled(case: str) -> None:
+    class Entangled(Attention):
+        def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return ENTANGLED[case](query, key, value)
+
+    graph = analyze(Entangled().eval(), TOKENS)
+    assert not graph.scaled
+    assert not graph["qkv"].free
+
+
+def test_a_norm_without_bias_can_be_scaled() -> None:
+    class RootNormed(Attention):
+        def __init__(self) -> None:
+            super().__init__(q_norm=nn.RMSNorm(SIZE), k_norm=nn.RMSNorm(SIZE))
+
+        def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return super().attend(self.q_norm(query), self.k_norm(key), value)
+
+    model = RootNormed().eval()
+    assert identity_error(model, (TOKENS,)) <= 1e-10
+    small = materialize(prepare(model, ratio=0.5, example_inputs=TOKENS))
+    start = prepare(model, ratio=1.0, example_inputs=TOKENS).q_norm.weight.detach()
+    kept = [float((start * 0.5**0.5 - w).abs().min()) for w in small.q_norm.weight.detach()]
+    assert max(kept) <= 1e-10
 
 
 # --------------------------------------------------------------------------------------------------

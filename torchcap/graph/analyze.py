@@ -221,6 +221,7 @@ class _Reading:
             products=tuple(dot_products_of(self.table, resolved, names)),
             sizes=tuple(sizes),
             scaled=tuple(scaled),
+            read=frozenset(place for reading in self.readings for place in reading.read),
         )
 
     def _all_notes(self) -> Iterator[str]:
@@ -347,7 +348,14 @@ class _Reading:
     def _modules_read_outside(self) -> dict[str, str]:
         """Return the modules that own a tensor which the forward reads directly, or goes past."""
         hooked = {path: f"a hook changes what {path!r} reads or gives" for path in self.hooked}
+        looked_at = {
+            place.module: f"{place} is read outside of its layer"
+            for reading in self.readings
+            for place in reading.read
+            if find_module_rule(self.model.get_submodule(place.module), self.rules) is not None
+        }
         return {
+            **looked_at,
             **hooked,
             **self.tracing.past,
             **{
@@ -387,6 +395,13 @@ class _Reading:
         An attribute that is used in another way as well cannot follow, so what it counts stays.
         """
         pinned = self.table.pinned.union(*(reading.pinned for reading in self.readings))
+        unseen = {(place.module, place.name) for place in self.tracing.unseen}
+        pinned |= {
+            place
+            for size, _ in self.table.bound
+            for place in size.places
+            if (place.module, place.name) in unseen
+        }
         bound: dict[Place, list[Ids]] = {}
         for size, rows in self.table.bound:
             free = [place for place in size.places if place not in pinned]

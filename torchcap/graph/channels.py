@@ -112,6 +112,7 @@ class ChannelTable:
     _fixed: list[tuple[Ids, str]] = field(default_factory=list)
     _selections: list[tuple[Ids, str]] = field(default_factory=list)
     _nonlinear: list[Ids] = field(default_factory=list)
+    _contractions: list[tuple[Ids, Ids]] = field(default_factory=list)
     _balances: list[tuple[Ids, str]] = field(default_factory=list)
     _products: dict[tuple[str, int, int], tuple[Ids, Ids, Scaling | None]] = field(
         default_factory=dict
@@ -170,9 +171,13 @@ class ChannelTable:
             writer: where the operator divides by the root of the number of channels, the layer that
                 wrote the left side and can be scaled instead.
         """
-        self.join(left, right)
+        self._contractions.append((left.ravel(), right.ravel()))
         scaling = None if writer is None else Scaling(writer, left)
-        self._products[name, int(left.flat[0]), int(right.flat[0])] = left, right, scaling
+        key = (name, int(left.flat[0]), int(right.flat[0]))
+        known = self._products.get(key)
+        if known is not None and (known[2] is None) != (scaling is None):
+            self.fix(left, f"scaled in one mode and not in the other, at {name!r}")
+        self._products[key] = left, right, scaling
 
     def role(self, module: str) -> str | None:
         """Return the role of a layer that has written or carried channels, if it has."""
@@ -199,16 +204,20 @@ class ChannelTable:
         """
         if not any(scaling for _, _, scaling in self._products.values()):
             return []
-        labels = self._labels()
+        labels = self.labels()
         read = [labels[axis.ids] for axis in self.axes.values() if axis.role == "consumer"]
         readers = np.concatenate(
             [*read, *(np.unique(labels[p]) for p, _, _ in self._products.values())]
         )
         found = []
-        for ids, _, scaling in self._products.values():
+        sides = self.labels(contracted=False)
+        bent = sides[np.concatenate([np.empty(0, np.int64), *self._nonlinear])]
+        for ids, other, scaling in self._products.values():
             if scaling is None:
                 continue
-            if np.isin(readers, labels[ids]).sum() == len(np.unique(labels[ids])):
+            if np.isin(sides[ids], [*sides[other].flat, *bent]).any():
+                self.fix(ids, f"what {scaling.writer!r} writes is not only multiplied with keys")
+            elif np.isin(readers, labels[ids]).sum() == len(np.unique(labels[ids])):
                 found.append(scaling)
             else:
                 self.fix(ids, f"what {scaling.writer!r} writes is read in several places")
@@ -220,15 +229,20 @@ class ChannelTable:
         Args:
             observed: identities along further axes (of activations) whose layout is wanted.
         """
-        return _Resolution(self, self._labels(), observed).result()
+        return _Resolution(self, self.labels(), observed).result()
 
-    def _labels(self) -> Ids:
-        """Return the class of every identity, by propagating the least label along the joins."""
+    def labels(self, *, contracted: bool = True) -> Ids:
+        """Return the class of every identity, by propagating the least label along the joins.
+
+        Args:
+            contracted: whether the two sides of a dot product are one class.
+        """
         labels = np.arange(self._size, dtype=np.int64)
-        if not self._joins:
+        joins = [*self._joins, *(self._contractions if contracted else ())]
+        if not joins:
             return labels
-        left = np.concatenate([pair[0] for pair in self._joins])
-        right = np.concatenate([pair[1] for pair in self._joins])
+        left = np.concatenate([pair[0] for pair in joins])
+        right = np.concatenate([pair[1] for pair in joins])
         while True:
             least = np.minimum(labels[left], labels[right])
             if np.array_equal(least, labels[left]) and np.array_equal(least, labels[right]):

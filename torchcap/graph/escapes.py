@@ -8,33 +8,40 @@ these; where it is not, or cannot be traced any longer, the sizes are used in ot
 
 from __future__ import annotations
 
+import itertools
 import operator
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
 from torchcap.graph.inputs import frozen_arguments
-from torchcap.graph.sizes import Place, track_sizes_
-from torchcap.graph.trace import GraphReader, LeafRule, Traced, joined, set_mode, shadow
+from torchcap.graph.sizes import Place
+from torchcap.graph.trace import GraphReader, LeafRule, Traced, holds, joined, set_mode, shadow
 
 
 def escaped_sizes(
-    model: nn.Module, graphs: Iterable[Traced], places: Collection[Place], is_leaf: LeafRule
+    model: nn.Module, graphs: Sequence[Traced], places: Collection[Place], is_leaf: LeafRule
 ) -> set[Place]:
     """Return those of some places whose sizes the forwards use in ways that graphs don't show."""
     escaped: set[Place] = set()
     for graph in graphs:
-        if graph.inputs is not None and not _is_seen(model, graph, places, is_leaf):
-            by_name: dict[str, set[Place]] = {}
-            for place in places:
-                by_name.setdefault(place.name, set()).add(place)
-            for group in by_name.values():
-                if not _is_seen(model, graph, group, is_leaf):
-                    escaped |= group
-    return escaped
+        if graph.inputs is None or _is_seen(model, graph, places, is_leaf):
+            continue
+        by_name: dict[str, set[Place]] = {}
+        for place in places:
+            by_name.setdefault(place.name, set()).add(place)
+        for group in by_name.values():
+            if not _is_seen(model, graph, group, is_leaf):
+                escaped |= group
+    unseen = [graph.piece for graph in graphs if graph.alone]
+    return escaped | {
+        place
+        for place in places
+        if any(piece == place.module or holds(piece, place.module) for piece in unseen)
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +74,7 @@ def _is_seen(model: nn.Module, graph: Traced, places: Collection[Place], is_leaf
     assert graph.inputs is not None  # noqa: S101 - the caller has looked
     copied = shadow(model)
     set_mode(copied, training=graph.mode == "train")
-    track_sizes_(copied, is_leaf)
-    _hide_(copied, places)
+    _hide_(copied, places)  # all other sizes are plain integers now
     prefix = f"{graph.piece}."
     reader = _ProxyReader(is_leaf, {path.removeprefix(prefix) for path in graph.unread})
     concrete = frozen_arguments(model.get_submodule(graph.piece), graph.inputs)
@@ -77,10 +83,9 @@ def _is_seen(model: nn.Module, graph: Traced, places: Collection[Place], is_leaf
             traced = reader.trace(copied.get_submodule(graph.piece), concrete_args=concrete)
     except Exception:  # whatever cannot be done with a proxy
         return False
-    names = {str(place) for place in places}
-    return list(_program(traced, names, graph.piece)) == list(
-        _program(graph.module.graph, set(), "")
-    )
+    sizes = {str(place): place.get(model) for place in places}
+    ours = list(_program(traced, sizes, graph.piece))
+    return ours == list(_program(graph.module.graph, {}, ""))
 
 
 def _hide_(model: nn.Module, places: Collection[Place]) -> None:
@@ -95,15 +100,23 @@ def _hide_(model: nn.Module, places: Collection[Place]) -> None:
         module._buffers[name] = _Hidden(vars(module).pop(name), tuple(held))
 
 
-def _program(graph: fx.Graph, sizes: set[str], piece: str) -> Iterator[tuple[str, str]]:
-    """Yield what a graph does, without the sizes and their products."""
-    known: set[fx.Node] = set()
+def _program(graph: fx.Graph, sizes: Mapping[str, int], piece: str) -> Iterator[tuple[Any, ...]]:
+    """Yield what a graph does, with numbers in the place of sizes and of their products."""
+    known: dict[fx.Node, Any] = {}
+    numbers = itertools.count()
+
+    def told(value: Any) -> Any:
+        return known[value] if isinstance(value, fx.Node) else value
+
     for node in graph.nodes:
-        of_sizes = bool(node.all_input_nodes) and known.issuperset(node.all_input_nodes)
-        if (node.op == "get_attr" and node.target in sizes) or (
-            node.target is operator.mul and of_sizes
-        ):
-            known.add(node)
+        if node.op == "get_attr" and node.target in sizes:
+            known[node] = sizes[node.target]
             continue
+        factors = [told(value) for value in node.args]
+        if node.target is operator.mul and factors and all(isinstance(f, int) for f in factors):
+            known[node] = operator.mul(*map(int, factors))
+            continue
+        known[node] = f"node {next(numbers)}"
         target = str(node.target)
-        yield node.op, joined(piece, target) if node.op in {"call_module", "get_attr"} else target
+        target = joined(piece, target) if node.op in {"call_module", "get_attr"} else target
+        yield node.op, target, str(fx.node.map_arg((node.args, dict(node.kwargs)), told))

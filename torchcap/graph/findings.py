@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from torchcap.graph.channels import UNKNOWN, Axis, ChannelTable, Resolved, Run, Scaling
+from torchcap.graph.channels import UNKNOWN, Axis, ChannelTable, Ids, Resolved, Run, Scaling
 from torchcap.graph.spaces import (
     ChannelSpace,
     Counted,
@@ -88,24 +88,43 @@ def counted(size: int, layout: tuple[Run, ...], names: Names) -> Counted:
 
 
 def dot_products_of(table: ChannelTable, resolved: Resolved, names: Names) -> Iterator[DotProduct]:
-    """Yield the products both of whose sides are stretches of what layers write."""
-    written = {
-        int(first): (axis.module, place, runs)
-        for axis, runs in zip(table.axes.values(), resolved.runs, strict=True)
-        if axis.role == "producer"
-        for place, first in enumerate(axis.ids)
-    }
+    """Yield the products both of whose sides are stretches of what layers write.
+
+    Channels that meet in any other product as well are left out.
+    """
+    labels, sides = table.labels(), table.labels(contracted=False)
+    found, others = [], [np.empty(0, dtype=np.int64)]
     for pair in table.products():
-        sides = [written.get(int(ids[0])) for ids in pair]
-        straight = all(np.array_equal(ids, np.arange(ids[0], ids[0] + len(ids))) for ids in pair)
-        if None in sides or not straight:
-            continue
-        (left, at, runs), (right, other, _) = sides  # type: ignore[misc]
-        for run in runs:
-            width = resolved.channels[run.space] // resolved.cells[run.space]
-            start = run.start + at - run.offset
-            if run.offset <= at < run.offset + run.channels and width == len(pair[0]):
-                yield DotProduct(names[run.space], start // width, (left, at), (right, other))
+        product = None
+        if not np.isin(sides[pair[0]], sides[pair[1]]).any():
+            product = _dot_product(table, resolved, names, pair)
+        if product is None:
+            others.append(labels[pair[0]])
+        else:
+            found.append((labels[pair[0]], product))
+    other = np.concatenate(others)
+    yield from (product for classes, product in found if not np.isin(classes, other).any())
+
+
+def _dot_product(
+    table: ChannelTable, resolved: Resolved, names: Names, pair: tuple[Ids, Ids]
+) -> DotProduct | None:
+    if not all(np.array_equal(ids, np.arange(ids[0], ids[0] + len(ids))) for ids in pair):
+        return None
+    places = []
+    for ids in pair:
+        for axis, runs in zip(table.axes.values(), resolved.runs, strict=True):
+            if axis.role == "producer" and ids[0] in axis.ids:
+                places.append((axis.module, int(ids[0] - axis.ids[0]), runs))
+    if len(places) != 2:
+        return None
+    (left, at, runs), (right, other, _) = places
+    for run in runs:
+        width = resolved.channels[run.space] // resolved.cells[run.space]
+        start = run.start + at - run.offset
+        if run.offset <= at < run.offset + run.channels and width == len(pair[0]):
+            return DotProduct(names[run.space], start // width, (left, at), (right, other))
+    return None
 
 
 def scaled_rows(table: ChannelTable, scaling: Scaling, counted: Counted) -> ScaledRows:
@@ -113,9 +132,8 @@ def scaled_rows(table: ChannelTable, scaling: Scaling, counted: Counted) -> Scal
     axis = next(
         a for a in table.axes.values() if a.module == scaling.writer and a.role != "consumer"
     )
-    rows = np.ones(len(axis.ids), bool)
-    if axis.role == "producer":
-        rows = np.isin(axis.ids, scaling.ids)
+    sides = table.labels(contracted=False)
+    rows = np.isin(sides[axis.ids], sides[scaling.ids])
     edges = np.flatnonzero(np.diff(np.concatenate([[False], rows, [False]])))
     stretches = tuple((int(a), int(b - a)) for a, b in edges.reshape(-1, 2))
     return ScaledRows(scaling.writer, stretches, counted)

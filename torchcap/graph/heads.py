@@ -346,6 +346,8 @@ def joining(call: Call) -> Value:
 def unchanged(call: Call) -> Value:
     """The tensor itself, in evaluation mode."""
     x = call.argument(0, "input")
+    if isinstance(x, Heads) and not call.result.is_floating_point():
+        call.table.bend(x.ids)  # rounding is not linear
     return _like(call, x) if isinstance(x, Heads) else call.give_up(call.unexpected)
 
 
@@ -478,6 +480,7 @@ def _combined_heads(call: Call, left: Heads, right: Heads, *, factor: bool) -> V
     spread = np.broadcast_to(spread, wide.ids.shape)
     call.table.join(wide.ids, spread)
     if factor:
+        call.table.bend(wide.ids)
         call.table.select(wide.ids, f"multiplied channel by channel at {call.node.name!r}")
     else:
         call.restrict_sum(wide.ids, spread)

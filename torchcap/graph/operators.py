@@ -21,6 +21,8 @@ def unchanged(call: Call) -> Value:
     x = call.argument(0, "input")
     if isinstance(x, Opaque):  # others among the arguments only lend their dtype
         return opaque(call.result)
+    if isinstance(x, Channels) and not call.result.is_floating_point():
+        call.table.bend(x.ids)  # rounding is not linear
     return call.like(x) if isinstance(x, Channels) else call.give_up(call.unexpected)
 
 
@@ -139,6 +141,7 @@ def _combine_channels(call: Call, left: Channels, right: Channels, verb: str) ->
     wide = left if len(left.shape) >= len(right.shape) else right
     call.table.join(left.ids, right.ids)
     if verb == "multiplied with":
+        call.table.bend(left.ids)
         call.table.select(left.ids, f"multiplied channel by channel at {call.node.name!r}")
     elif _has_parameter(call, left, right):
         call.table.select(left.ids, f"a term for each channel at {call.node.name!r}")

@@ -8,7 +8,8 @@ branch) could not follow: it *pins* the size, and what it counts stays.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -96,7 +97,9 @@ class Size(int):
         self.pinned.update(self.places)
         return operation(self.plain, *(o.plain if isinstance(o, Size) else o for o in others))
 
-    __hash__ = int.__hash__
+    def __hash__(self) -> int:
+        self.pinned.update(self.places)  # a set or mapping that it is looked up in
+        return int.__hash__(self)
 
 
 def _pinning(name: str) -> Callable[..., Any]:
@@ -117,6 +120,29 @@ for _name in (
     "__xor__",
 ):  # fmt: skip
     setattr(Size, _name, _pinning(_name))
+
+
+@contextlib.contextmanager
+def reads_noted(model: nn.Module, note: Callable[[Place], None]) -> Iterator[None]:
+    """Note, for a while, which attributes are read of a model's modules: their sizes and settings.
+
+    Tensors and submodules are no such attributes; neither is what begins with an underscore.
+    """
+    paths = {id(module): path for path, module in model.named_modules()}
+
+    def noted(module: nn.Module, name: str) -> Any:
+        value = object.__getattribute__(module, name)
+        path = paths.get(id(module))
+        held = not name.startswith("_") and name not in {"training", "forward"}
+        if path is not None and held and name in object.__getattribute__(module, "__dict__"):
+            note(Place(path, name))
+        return value
+
+    nn.Module.__getattribute__ = noted  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del nn.Module.__getattribute__
 
 
 def track_sizes_(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> set[Place]:

@@ -240,6 +240,7 @@ class SpaceGraph:
         products: the products of queries and keys whose two sides are written by layers.
         sizes: the attributes that count channels of free spaces.
         scaled: the rows that are scaled where spaces get a smaller rank.
+        read: the attributes of modules that the forward reads.
     """
 
     model: str
@@ -252,6 +253,7 @@ class SpaceGraph:
     products: tuple[DotProduct, ...] = ()
     sizes: tuple[HeldSize, ...] = ()
     scaled: tuple[ScaledRows, ...] = ()
+    read: frozenset[Place] = frozenset()
 
     def __getitem__(self, name: str) -> ChannelSpace:
         for space in self.spaces:

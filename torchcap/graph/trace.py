@@ -22,7 +22,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -47,7 +47,7 @@ from torchcap.graph.inputs import (
     frozen_arguments,
     placeholder_values,
 )
-from torchcap.graph.sizes import Place, track_sizes_
+from torchcap.graph.sizes import Place, reads_noted, track_sizes_
 from torchcap.graph.watch import Watched, watch_forward
 
 LeafRule = Callable[[nn.Module], bool]
@@ -75,6 +75,8 @@ class Traced:
             those inside of unread modules too; outputs are fake tensors.
         pinned: the sizes that the forward computes with.
         inputs: what the forward was traced for; None where the graph was given.
+        alone: whether this is an evaluation graph of what could not be traced in training mode.
+        read: the attributes of modules that the forward reads, sizes among them.
         hooked: qualified names of the modules with a hook that changes what they read or give.
     """
 
@@ -86,6 +88,8 @@ class Traced:
     ran: list[tuple[str, Any]] = field(default_factory=list)
     pinned: Set[Place] = frozenset()
     inputs: Inputs | None = None
+    alone: bool = False
+    read: Set[Place] = frozenset()
     hooked: set[str] = field(default_factory=set)
 
 
@@ -97,11 +101,13 @@ class Tracing:
         graphs: of the model and of pieces, the evaluation graph of each before its training graph.
         ran: (qualified name, output) of every module that runs in one evaluation forward.
         past: module -> why it is not changed: something goes past the forward that was traced.
+        unseen: attributes that are read by forwards which cannot be traced.
     """
 
     graphs: tuple[Traced, ...]
     ran: list[tuple[str, Any]]
     past: Mapping[str, str] = field(default_factory=dict)
+    unseen: Set[Place] = frozenset()
 
     @property
     def evaluations(self) -> tuple[Traced, ...]:
@@ -171,19 +177,20 @@ class _Search:
         if not self.graphs and refusal is not None:
             raise refusal
         ran = self.graphs[0].ran if self.watched is None else self.watched.ran
-        return Tracing(tuple(self.graphs), ran, dict(self._past()))
+        return Tracing(tuple(self.graphs), ran, dict(self._past()), set(self._unseen()))
 
     def _read(self, piece: str, inputs: Inputs) -> list[str]:
         """Trace a piece, and return the modules in it that could not be traced."""
         evaluation = _trace_evaluation(self.model, piece, inputs, self.is_leaf)
         readings = [evaluation]
-        # A forward that only traces in evaluation mode (random masks drawn from shapes) is still
-        # read.
-        with contextlib.suppress(_Untraceable):
+        try:
             training = _trace_in_mode(
                 self.model, piece, inputs, self.is_leaf, evaluation.unread, training=True
             )
-            if _signature(training) != _signature(evaluation):
+        except _Untraceable:  # random masks drawn from shapes, say; it is still read
+            readings = [replace(evaluation, alone=True)]
+        else:
+            if signature(training.module.graph) != signature(evaluation.module.graph):
                 readings.append(training)
         for reading in readings:
             _propagate_shapes(reading, self.model.get_submodule(piece), inputs)
@@ -216,16 +223,29 @@ class _Search:
             return
         pieces = [graph.piece for graph in self.graphs]
         for path in self.watched.inputs:
-            piece = max((p for p in pieces if _holds(p, path)), key=len, default="")
+            piece = max((p for p in pieces if holds(p, path)), key=len, default="")
             if piece and not all(
-                caller == piece or _holds(piece, caller) for caller in self.watched.callers[path]
+                caller == piece or holds(piece, caller) for caller in self.watched.callers[path]
             ):
                 yield path, f"{path!r} is called past {piece!r}"
         for path, reader in self.watched.read_by_others.items():
             yield path, f"a tensor of {path!r} is read in {reader!r}"
 
+    def _unseen(self) -> Iterator[Place]:
+        """Yield the attributes that a forward reads which is in no graph."""
+        if self.watched is None:
+            return
+        pieces = [graph.piece for graph in self.graphs]
+        unread = {path for graph in self.graphs for path in graph.unread}
+        for place, readers in self.watched.reads.items():
+            for reader in readers:
+                traced = any(reader == piece or holds(piece, reader) for piece in pieces)
+                if reader in unread or not traced:
+                    yield place
 
-def _holds(outer: str, inner: str) -> bool:
+
+def holds(outer: str, inner: str) -> bool:
+    """Whether a qualified name stands for something inside of another."""
     return not outer or inner.startswith(f"{outer}.")
 
 
@@ -260,7 +280,7 @@ class GraphReader(fx.Tracer):
     def __init__(self, is_leaf: LeafRule, unread: Container[str]) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
         self._is_leaf = is_leaf
-        self._unread = unread
+        self.unread = unread
         self._calls: dict[str, int] = {}
         self.outputs: dict[fx.Node, list[tuple[str, int]]] = {}
         self.failed: str | None = None
@@ -268,7 +288,7 @@ class GraphReader(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module stands as one operator."""
         return (
-            module_qualified_name in self._unread
+            module_qualified_name in self.unread
             or self._is_leaf(m)
             or super().is_leaf_module(m, module_qualified_name)
         )
@@ -323,7 +343,7 @@ def _trace_evaluation(model: nn.Module, piece: str, inputs: Inputs, is_leaf: Lea
                     {
                         path: error.why
                         for path, module in model.named_modules()
-                        if type(module) is kind and _holds(piece, path)
+                        if type(module) is kind and holds(piece, path)
                     }
                 )
 
@@ -343,13 +363,24 @@ def _trace_in_mode(
     # Some forwards keep what they compute on the module; a proxy kept there would spoil the model.
     copied = shadow(model)
     set_mode(copied, training=training)
-    pinned = track_sizes_(copied, is_leaf)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of frozen arguments that are not asserted
-            graph = reader.trace(copied.get_submodule(piece), concrete_args=concrete)
-    except Exception as error:  # a user's forward may raise anything on a proxy
-        failed = None if reader.failed is None else joined(piece, reader.failed)
-        raise _Untraceable(failed, _first_line(error)) from error
+    inside = f"{piece}." if piece else ""
+    leaves = {
+        module
+        for path, module in copied.named_modules()
+        if reader.is_leaf_module(module, path.removeprefix(inside))
+        or any(holds(outer, path) for outer in unread)
+    }
+    numbers = _integers(copied)
+    pinned = track_sizes_(copied, leaves.__contains__)
+    graph, read = _graph_of(copied, piece, reader, concrete)
+    if any(place in numbers for place in read):
+        # To ``type(x) is int`` a size is none: then the program of plain numbers is the right one.
+        plain = GraphReader(is_leaf, reader.unread)
+        other = shadow(model)
+        set_mode(other, training=training)
+        same, _ = _graph_of(other, piece, plain, concrete)
+        if signature(same) != signature(graph):
+            copied, graph, reader = other, same, plain
     for node in graph.nodes:
         if node.op in {"call_module", "get_attr"}:
             node.target = joined(piece, str(node.target))
@@ -368,7 +399,33 @@ def _trace_in_mode(
         dict(unread),
         pinned=pinned,
         inputs=inputs,
+        read=read,
     )
+
+
+def _graph_of(
+    model: nn.Module, piece: str, reader: GraphReader, concrete: dict[str, Any]
+) -> tuple[fx.Graph, set[Place]]:
+    """Trace a piece of a copied model; return the graph, and the attributes that were read."""
+    read: set[Place] = set()
+    try:
+        with (
+            warnings.catch_warnings(action="ignore"),  # of frozen arguments that are not asserted
+            reads_noted(model, read.add),
+        ):
+            return reader.trace(model.get_submodule(piece), concrete_args=concrete), read
+    except Exception as error:  # a user's forward may raise anything on a proxy
+        failed = None if reader.failed is None else joined(piece, reader.failed)
+        raise _Untraceable(failed, _first_line(error)) from error
+
+
+def _integers(model: nn.Module) -> set[Place]:
+    return {
+        Place(path, name)
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if type(value) in {int, list, tuple}
+    }
 
 
 def joined(outer: str, inner: str) -> str:
@@ -376,9 +433,9 @@ def joined(outer: str, inner: str) -> str:
     return f"{outer}.{inner}" if outer and inner else outer or inner
 
 
-def _signature(traced: Traced) -> list[tuple[str, str, str]]:
+def signature(graph: fx.Graph) -> list[tuple[str, str, str]]:
     """Return what tells two graphs of one model apart, down to the flag of a dropout."""
-    return [(n.op, str(n.target), str((n.args, n.kwargs))) for n in traced.module.graph.nodes]
+    return [(n.op, str(n.target), str((n.args, n.kwargs))) for n in graph.nodes]
 
 
 def _propagate_shapes(reading: Traced, model: nn.Module, inputs: Inputs) -> None:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from torchcap.graph.sizes import Place, reads_noted
+
 _SHOWS_NO_VALUE = {Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__}  # type: ignore[attr-defined]
 
 
@@ -29,6 +31,7 @@ class Watched:
         ran: (qualified name, output) of every call, in the order in which they ended; outputs are
             on the meta device.
         callers: module -> the modules that were running when it was called.
+        reads: attribute of a module -> the modules that were running when it was read.
         read_by_others: module -> another one that ran while a tensor of the first was read.
     """
 
@@ -36,6 +39,7 @@ class Watched:
     ran: list[tuple[str, Any]] = field(default_factory=list)
     callers: dict[str, set[str]] = field(default_factory=dict)
     read_by_others: dict[str, str] = field(default_factory=dict)
+    reads: dict[Place, set[str]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -49,7 +53,15 @@ def watch_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     """
     watched = Watched()
     running: list[str] = []
-    with _hooked(model, watched, running), _TensorReads(model, watched, running):
+
+    def note(place: Place) -> None:
+        watched.reads.setdefault(place, set()).add(running[-1] if running else "")
+
+    with (
+        _hooked(model, watched, running),
+        _TensorReads(model, watched, running),
+        reads_noted(model, note),
+    ):
         model(*args, **kwargs)
     return watched
 

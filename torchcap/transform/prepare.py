@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
+from torchcap.graph.sizes import Place
 from torchcap.graph.spaces import ChannelSpace, Port, SpaceGraph
 from torchcap.plan.plan import Plan
 from torchcap.projection.maps import Projection, Selection, Stiefel
@@ -54,7 +55,7 @@ def project_(
             key = _Axis(port.module, port.parameter, port.axis, port.groups)
             ports.setdefault(key, []).append((port, space))
     homeless = dict(projections)
-    followed = _feature_attributes(model)
+    followed = _feature_attributes(model, graph)
     for axis, found in sorted(ports.items(), key=lambda entry: entry[0].axis):
         _register(model, axis, found, projections, homeless)
     ratios = _kept_shares(graph, plan)
@@ -88,7 +89,7 @@ def _make_up_for_scales_(model: nn.Module, graph: SpaceGraph, plan: Plan) -> Non
     for scaled in graph.scaled:
         share = Fraction(scaled.counted.kept(ratios), scaled.counted.size)
         layer = model.get_submodule(scaled.module)
-        for tensor in (layer.weight, layer.bias):
+        for tensor in (layer.weight, getattr(layer, "bias", None)):
             for offset, length in scaled.rows if isinstance(tensor, Tensor) else ():
                 assert isinstance(tensor, Tensor)  # noqa: S101 - has been seen above
                 tensor[offset : offset + length] *= float(share) ** 0.5
@@ -190,8 +191,10 @@ def _set_depthwise_width_(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, width: int)
     module.out_channels = width
 
 
-def _feature_attributes(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module, str]]:
-    """Find timm's size attributes that ``reset_classifier`` builds from.
+def _feature_attributes(
+    model: nn.Module, graph: SpaceGraph
+) -> list[tuple[nn.Module, str, nn.Module, str]]:
+    """Find timm's size attributes that ``reset_classifier`` builds from; no forward reads them.
 
     Returns:
         (module, attribute, layer, the layer's attribute that it repeats).
@@ -207,8 +210,10 @@ def _feature_attributes(model: nn.Module) -> list[tuple[nn.Module, str, nn.Modul
     if isinstance(mlp := getattr(model, "pre_logits", None), ConvMlp):
         sources.append((mlp.fc1, "in_channels"))
     found = []
-    for owner in (model, getattr(model, "head", None)):
+    for path, owner in (("", model), ("head", getattr(model, "head", None))):
         for name in ("num_features", "head_hidden_size", "in_features"):
+            if Place(path, name) in graph.read:
+                continue
             value = getattr(owner, name, None)
             fitting = [source for source in sources if getattr(*source) == value]
             if isinstance(owner, nn.Module) and fitting and fitting[0][0] is not owner:
