@@ -1040,6 +1040,7 @@ ESCAPED: dict[str, Callable[[int], float | Tensor]] = {
     "rounded up": lambda width: 1 / math.ceil(width),
     "in words": lambda width: 1 / float(f"{width}"),
     "counted": lambda width: 1 / len(range(width)),
+    "taken from another": lambda width: 0.1 * (width - width // 2),
     "times a share": lambda width: 0.05 * width,
     "in a set": lambda width: 0.3 if width in {2, 3, 4} else 0.5,
     "by its type": lambda width: 0.3 if type(width) is int and width == 6 else 0.5,

@@ -94,7 +94,9 @@ class Size(int):
         return int.__pos__(self)
 
     def _pin(self, operation: Callable[..., Any], *others: Any) -> Any:
-        self.pinned.update(self.places)
+        for size in (self, *others):
+            if isinstance(size, Size):
+                self.pinned.update(size.places)
         return operation(self.plain, *(o.plain if isinstance(o, Size) else o for o in others))
 
     def __hash__(self) -> int:
