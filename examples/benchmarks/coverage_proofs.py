@@ -560,25 +560,27 @@ def prove_cost(subject: Subject) -> str:
 
 
 def prove_gradients(subject: Subject) -> str:
-    """One backward in training mode reaches every projection that is trained."""
-    student = subject.student
-    proxies = torchcap.projection_parameters(student)
-    if not proxies:
-        raise Skip("every free space is a selection, which is not trained")
+    """One backward in training mode reaches every projection that is trained.
+
+    A unit that a random projection leaves dead has no gradient, and may have one from another start.
+    """
     parts = subject.sections or {"": subject.inputs}
-    names = [space.name for space in subject.graph.free if space.freedom != "selection"]
-    norms = [0.0] * len(names)
-    for change in (torch.clone, torch.randn_like):  # a unit that one image leaves dead may live
-        gradients = _gradients(student, mapped(change, parts), proxies)
-        found = [0.0 if gradient is None else float(gradient.norm()) for gradient in gradients]
-        norms = [max(pair) for pair in zip(norms, found, strict=True)]
     empty = [p for p, given in parts.items() if any(not t.numel() for t in tensors_of(given))]
-    names = ["" if any(n.startswith(f"{p}.") for p in empty) else n for n in names]
-    least = 1e-20 * max(norms)  # scores that softmax saturates move little; a NaN is not larger
-    idle = [name for name, norm in zip(names, norms, strict=True) if name and not norm > least]
-    if idle:
-        raise ProofError(f"no gradient, or none that is finite, in {len(idle)}: {idle[:5]}")
-    return f"{len(proxies)} projections"
+    names = [space.name for space in subject.graph.free if space.freedom != "selection"]
+    idle = {n for n in names if not any(n.startswith(f"{path}.") for path in empty)}
+    if not names:
+        raise Skip("every free space is a selection, which is not trained")
+    for seed in range(3):
+        start = torchcap.RandomOrthonormal(torch.Generator().manual_seed(seed))
+        student = subject.student if seed == 0 else subject.prepared(subject.plan, start)
+        gradients = _gradients(student, parts, torchcap.projection_parameters(student))
+        norms = [0.0 if gradient is None else float(gradient.norm()) for gradient in gradients]
+        # Scores that softmax saturates move little; a NaN is not larger than anything.
+        least = 1e-20 * max(norms)
+        idle -= {name for name, norm in zip(names, norms, strict=True) if norm > least}
+        if not idle:
+            return f"{len(names)} projections"
+    raise ProofError(f"no gradient, or none that is finite, in {len(idle)}: {sorted(idle)[:5]}")
 
 
 def _gradients(
