@@ -11,12 +11,13 @@ from between import IMAGE, check_first_space, made
 from proofs import materialize_error, permutation_error, random_plan, random_student
 from timm import layers as tl
 from timm.layers import evo_norm, norm, norm_act
+from timm.layers.blur_pool import BlurPool2d
 from timm.layers.filter_response_norm import FilterResponseNormAct2d, FilterResponseNormTlu2d
 from timm.models.metaformer import GroupNorm1NoBias, LayerNorm2dNoBias, LayerNormNoBias
 from torch import Tensor, nn
 from torchvision.models.video.resnet import Conv3DNoTemporal, Conv3DSimple
 
-from torchcap import analyze, materialize
+from torchcap import analyze, materialize, prepare
 
 Layer = Callable[[], nn.Module]
 
@@ -171,3 +172,10 @@ def test_convolutions_of_videos_are_convolutions(kind: type[nn.Module]) -> None:
     assert permutation_error(model, graph.free, (video,)) < 1e-12
     student = random_student(model, random_plan(graph, 0), (video,))
     assert materialize_error(student, (video,)) < 1e-12
+
+
+def test_a_filter_that_the_state_leaves_out_stays_out_of_it() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), BlurPool2d(8), nn.Conv2d(8, 4, 1)).eval()
+    student = prepare(model, ratio=0.5, example_inputs=torch.zeros(1, 3, 8, 8))
+    assert not any("filt" in name for name in student.state_dict())
+    assert materialize(student).state_dict().keys() == model.state_dict().keys()

@@ -562,7 +562,7 @@ def prove_cost(subject: Subject) -> str:
 def prove_gradients(subject: Subject) -> str:
     """One backward in training mode reaches every projection that is trained.
 
-    A unit that a random projection leaves dead has no gradient, and may have one from another start.
+    A unit that a random projection leaves dead has no gradient; from another start it may have one.
     """
     parts = subject.sections or {"": subject.inputs}
     empty = [p for p, given in parts.items() if any(not t.numel() for t in tensors_of(given))]

@@ -88,6 +88,8 @@ def _plain_layer(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
             original = projected[name].original
             value: Tensor | None = _laid_out(getattr(module, name), original)
             trained = isinstance(original, nn.Parameter)
+            if "original" in projected[name]._non_persistent_buffers_set:
+                plain._non_persistent_buffers_set.add(name)
             value = nn.Parameter(value) if trained else value  # type: ignore[arg-type]
         else:
             value = copy.deepcopy(getattr(module, name), memo)

@@ -120,7 +120,11 @@ def _register(
     else:
         owned = [homeless.pop(space.name) for _, space in found if space.name in homeless]
         parametrization = ProjectOutput(segments, owned=owned, axis=axis.axis)
+    kept = axis.parameter not in module._non_persistent_buffers_set
     parametrize.register_parametrization(module, axis.parameter, parametrization, unsafe=True)
+    if not kept:  # what the state leaves out of the model it leaves out of the student
+        held = module.get_submodule(f"parametrizations.{axis.parameter}")
+        held._non_persistent_buffers_set.add("original")
     carried = any(port in space.carriers for port, space in found)
     width = sum(segment.kept for segment in segments)
     if carried and isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
