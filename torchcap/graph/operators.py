@@ -383,10 +383,6 @@ def beside(call: Call, dims: Value, *, bends: bool = False) -> Value:
     return _results(call, x, x.dim)
 
 
-averaging = reduction()
-softmax = along(1, bends=True)
-
-
 def _dims(dims: Value) -> tuple[int, ...]:
     """Return dimensions as a tuple; an empty one if they are not given, or computed."""
     found = dims if isinstance(dims, tuple | list) else (dims,)

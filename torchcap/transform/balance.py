@@ -10,8 +10,7 @@ moments of the keys as ``G``: so scores are approximated best, with the two take
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,6 +22,7 @@ from torchcap.batches import Batches, as_batch, check_iterable
 from torchcap.graph.spaces import ChannelSpace, Port, SpaceGraph
 from torchcap.plan.plan import Plan
 from torchcap.projection.moments import SecondMoments
+from torchcap.transform.start import watched
 
 RIDGE = 1e-6
 """Added to both moments, as a share of their mean diagonal: directions without features stay."""
@@ -167,7 +167,12 @@ def _collect(
         for key in [*seen, *(("input", *stretch) for stretch in block.read)]:
             weight = getattr(model.get_submodule(key[1]), "weight")  # noqa: B009 - of no known type
             wanted[key] = SecondMoments(block.width, device=weight.device)
-    with _watched(model, wanted):
+    sides: dict[str, dict[str, list[tuple[int, SecondMoments]]]] = {"input": {}, "output": {}}
+    for (side, path, first), moments in wanted.items():
+        sides[side].setdefault(path, []).append((first, moments))
+    inputs = {path: partial(_see, found) for path, found in sides["input"].items()}
+    outputs = {path: partial(_see, found) for path, found in sides["output"].items()}
+    with watched(model, inputs, outputs):
         for number, batch in enumerate(data):
             as_batch(batch, number).run(model)
     for moments in wanted.values():
@@ -175,42 +180,17 @@ def _collect(
     return wanted
 
 
-@contextlib.contextmanager
-def _watched(
-    model: nn.Module, wanted: Mapping[tuple[str, str, int], SecondMoments]
-) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    handles = []
-    try:
-        for (side, path, first), moments in wanted.items():
-            layer = model.get_submodule(path)
-            if side == "input":
-                see = partial(_see_input, first, moments)
-                handles.append(layer.register_forward_pre_hook(see))
-            else:
-                handles.append(layer.register_forward_hook(partial(_see_output, first, moments)))
-        model.eval()
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes:
-            module.training = training
-
-
-def _see_input(first: int, moments: SecondMoments, layer: nn.Module, args: tuple[Any, ...]) -> None:
-    _add(layer, args[0], first, moments)
-
-
-def _see_output(
-    first: int, moments: SecondMoments, layer: nn.Module, _args: tuple[Any, ...], output: Tensor
+def _see(
+    found: list[tuple[int, SecondMoments]],
+    layer: nn.Module,
+    args: tuple[Any, ...],
+    output: Tensor | None = None,
 ) -> None:
-    _add(layer, output, first, moments)
-
-
-def _add(layer: nn.Module, x: Tensor, first: int, moments: SecondMoments) -> None:
+    """Add what a layer reads, or what it writes, to the moments of its stretches."""
+    x = args[0] if output is None else output
     rows = x.movedim(-1 if isinstance(layer, nn.Linear) else 1, -1).flatten(0, -2)
-    moments.update(rows[:, first : first + moments.features])
+    for first, moments in found:
+        moments.update(rows[:, first : first + moments.features])
 
 
 def _change_(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -266,7 +266,9 @@ def _collect(model: nn.Module, spaces: list[ChannelSpace], data: Batches) -> _Mo
             readings[space.name, port] = reading
             by_module.setdefault(port.module, []).append(reading)
     seen = 0
-    with _watched(model, by_module, by_writer):
+    inputs = {path: _Watch(seeing) for path, seeing in by_module.items()}
+    outputs = {path: _WatchOutput(writing) for path, writing in by_writer.items()}
+    with watched(model, inputs, outputs):
         for batch in data:
             as_batch(batch, seen).run(model)
             seen += 1
@@ -295,21 +297,25 @@ def _new_reading(model: nn.Module, port: Port) -> _Reading:
 
 
 @contextlib.contextmanager
-def _watched(
+def watched(
     model: nn.Module,
-    by_module: Mapping[str, list[_Reading]],
-    by_writer: Mapping[str, list[_Writing]],
+    inputs: Mapping[str, Callable[[nn.Module, tuple[Any, ...]], None]],
+    outputs: Mapping[str, Callable[[nn.Module, tuple[Any, ...], Tensor], None]],
 ) -> Iterator[None]:
-    """Hook consumers and producers for a while, with the model in evaluation mode."""
+    """Hook layers for a while, with the model in evaluation mode.
+
+    Args:
+        model: the model.
+        inputs: qualified name of a layer -> what is shown its arguments.
+        outputs: qualified name of a layer -> what is shown its output.
+    """
     modes = [(module, module.training) for module in model.modules()]
     handles = []
     try:
-        for path, readings in by_module.items():
-            layer = model.get_submodule(path)
-            handles.append(layer.register_forward_pre_hook(_Watch(readings)))
-        for path, writings in by_writer.items():
-            layer = model.get_submodule(path)
-            handles.append(layer.register_forward_hook(_WatchOutput(writings)))
+        for path, see in inputs.items():
+            handles.append(model.get_submodule(path).register_forward_pre_hook(see))
+        for path, see_output in outputs.items():
+            handles.append(model.get_submodule(path).register_forward_hook(see_output))
         model.eval()
         yield
     finally:
