@@ -71,7 +71,7 @@ def test_classes_are_those_of_naive_union_find(seed: int, size: int, count: int)
         left, right = rng.integers(0, size, (2, width))
         table.join(left, right)
         joins.append((left, right))
-    assert table._labels().tolist() == naive_classes(size, joins)
+    assert table.labels().tolist() == naive_classes(size, joins)
 
 
 @PROPERTY
@@ -82,7 +82,7 @@ def test_long_chains_of_joins_in_any_order_are_one_class(seed: int, length: int)
     axes = [table.new(2) for _ in range(length)]
     for link in rng.permutation(length - 1):
         table.join(axes[link + 1], axes[link])
-    labels = table._labels().reshape(length, 2)
+    labels = table.labels().reshape(length, 2)
     assert (labels == labels[0]).all()
     assert labels[0, 0] != labels[0, 1]
 
@@ -308,7 +308,7 @@ def test_runs_spell_out_every_axis(seed: int) -> None:
         x = np.repeat(np.concatenate(parts), int(rng.integers(1, 3)))
         table.join(reading(table, f"r{i}", len(x)), x)
     resolved = table.resolve()
-    labels = table._labels()
+    labels = table.labels()
     channel: dict[tuple[int, int], int] = {}
     for axis, runs in zip(table.axes.values(), resolved.runs, strict=True):
         spelled = [
