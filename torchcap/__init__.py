@@ -12,6 +12,8 @@ from importlib.metadata import version as _version
 
 from torchcap.errors import DataError as DataError
 from torchcap.errors import ExampleInputsError as ExampleInputsError
+from torchcap.errors import FileError as FileError
+from torchcap.errors import MissingPackageError as MissingPackageError
 from torchcap.errors import ModelError as ModelError
 from torchcap.errors import NothingToCompressError as NothingToCompressError
 from torchcap.errors import PlanError as PlanError
@@ -33,6 +35,8 @@ from torchcap.plan.cost import Cost as Cost
 from torchcap.plan.cost import cost as cost
 from torchcap.plan.plan import Choice as Choice
 from torchcap.plan.plan import Plan as Plan
+from torchcap.plan.sensitivity import Curve as Curve
+from torchcap.plan.sensitivity import Sensitivity as Sensitivity
 from torchcap.projection.initialize import GreedySelection as GreedySelection
 from torchcap.projection.initialize import LargestNorm as LargestNorm
 from torchcap.projection.initialize import PrincipalComponents as PrincipalComponents
@@ -71,11 +75,14 @@ __all__ = [
     "Choice",
     "ClosedForm",
     "Cost",
+    "Curve",
     "DataError",
     "ExampleInputsError",
+    "FileError",
     "FlipAndShift",
     "GreedySelection",
     "LargestNorm",
+    "MissingPackageError",
     "Mix",
     "ModelError",
     "NothingToCompressError",
@@ -90,6 +97,7 @@ __all__ = [
     "RecipeError",
     "Relaxation",
     "Round",
+    "Sensitivity",
     "Solution",
     "Solved",
     "SpaceGraph",

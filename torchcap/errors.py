@@ -10,7 +10,9 @@ TorchcapError
 ├── StudentError (RuntimeError)           not a prepared model, or not in the state needed
 ├── RecipeError (ValueError)              a recipe whose values are out of range
 ├── TrainingError (RuntimeError)          a loss that is not finite
-└── StateError (OSError)                  a saved state that cannot be written, read or continued
+├── StateError (OSError)                  a saved state that cannot be written, read or continued
+├── FileError (OSError)                   a saved model that cannot be written, read or applied
+└── MissingPackageError (ImportError)     an optional package that a call needs
 """
 
 from __future__ import annotations
@@ -58,3 +60,11 @@ class TrainingError(TorchcapError, RuntimeError):
 
 class StateError(TorchcapError, OSError):
     """A saved state that cannot be written or read, or belongs to another run."""
+
+
+class FileError(TorchcapError, OSError):
+    """A saved model that cannot be written, read, or applied to the model given."""
+
+
+class MissingPackageError(TorchcapError, ImportError):
+    """A call needs an optional package that is not installed; the message says how to get it."""

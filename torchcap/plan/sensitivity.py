@@ -1,0 +1,157 @@
+"""Sensitivity: what each space loses when it alone is compressed. Measurements, as plain data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from math import isfinite
+from typing import Any, Literal
+
+from torchcap.errors import PlanError
+
+Metric = Literal["accuracy", "agreement"]
+
+_FORMAT, _VERSION = "torchcap-sensitivity", 1
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """What one space loses, rank by rank, while all others keep their channels.
+
+    Attributes:
+        space: name of the space.
+        channels: its number of channels.
+        ranks: rising, the last one may be all channels.
+        errors: mean square error of the features behind the space (at the next place where the
+            features of teacher and student are compared), as a share of the features' own mean
+            square.
+        output_errors: the same of the model's output.
+        scores: accuracy, or agreement with the full model, as a share of the images.
+    """
+
+    space: str
+    channels: int
+    ranks: tuple[int, ...]
+    errors: tuple[float, ...]
+    output_errors: tuple[float, ...]
+    scores: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        rows = (self.errors, self.output_errors, self.scores)
+        rising = all(a < b for a, b in pairwise(self.ranks))
+        within = all(1 <= rank <= self.channels for rank in self.ranks)
+        if not self.ranks or not rising or not within:
+            raise PlanError(
+                f"the curve of space {self.space!r} needs rising ranks within 1..{self.channels}; "
+                f"got {self.ranks}"
+            )
+        if any(len(row) != len(self.ranks) for row in rows):
+            raise PlanError(
+                f"the curve of space {self.space!r} has {len(self.ranks)} ranks, so it needs as "
+                f"many errors, output errors and scores; got {[len(row) for row in rows]}"
+            )
+        if not all(isfinite(value) for row in rows for value in row):
+            raise PlanError(f"the curve of space {self.space!r} holds NaN or infinity")
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """The curves of a model's free spaces.
+
+    Attributes:
+        model: name of the model's class.
+        curves: one for every space, in the order of the forward.
+        metric: what scores are: ``"accuracy"``, or without labels ``"agreement"`` with the model.
+        baseline: score of the model itself.
+        images: number of images that errors and scores were measured on.
+
+    References:
+        Minnehan & Savakis, "Cascaded Projection", CVPR 2019, sec. 4.1, figures 4 and 5.
+    """
+
+    model: str
+    curves: tuple[Curve, ...]
+    metric: Metric
+    baseline: float
+    images: int
+
+    def __getitem__(self, space: str) -> Curve:
+        for curve in self.curves:
+            if curve.space == space:
+                return curve
+        raise KeyError(space)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the measurements as plain dictionaries and lists, for JSON."""
+        return {"format": _FORMAT, "version": _VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Sensitivity:
+        """Make the measurements from what :meth:`to_dict` returned.
+
+        Raises:
+            PlanError: if the dictionary holds something else.
+        """
+        if data.get("format") != _FORMAT or data.get("version") != _VERSION:
+            raise PlanError(
+                f"not a sensitivity: format {data.get('format')!r} version "
+                f"{data.get('version')!r}, expected {_FORMAT!r} version {_VERSION}"
+            )
+        try:
+            curves = tuple(
+                Curve(
+                    str(entry["space"]),
+                    int(entry["channels"]),
+                    tuple(map(int, entry["ranks"])),
+                    tuple(map(float, entry["errors"])),
+                    tuple(map(float, entry["output_errors"])),
+                    tuple(map(float, entry["scores"])),
+                )
+                for entry in data["curves"]
+            )
+            metric, baseline, images = data["metric"], data["baseline"], data["images"]
+            if metric not in {"accuracy", "agreement"}:
+                raise PlanError(f"the metric is 'accuracy' or 'agreement'; got {metric!r}")
+            return cls(str(data["model"]), curves, metric, float(baseline), int(images))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, PlanError):
+                raise
+            raise PlanError(f"not a sensitivity: could not read {error}") from error
+
+    def to_json(self) -> str:
+        """Return the measurements as JSON text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Sensitivity:
+        """Make the measurements from JSON text.
+
+        Raises:
+            PlanError: if the text is not JSON, or holds something else.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"not a sensitivity: the text is not JSON ({error})") from error
+        if not isinstance(data, Mapping):
+            raise PlanError(f"not a sensitivity: expected a JSON object, got {type(data).__name__}")
+        return cls.from_dict(data)
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        yield (
+            f"sensitivity of {self.model}: {self.metric} {self.baseline:.1%} of {self.images} "
+            "images; below, where one space alone keeps a share of its channels"
+        )
+        width = max([len(curve.space) for curve in self.curves] + [5])
+        yield f"{'space':{width}}  channels  kept: {self.metric} (error of the features behind)"
+        for curve in self.curves:
+            points = "  ".join(
+                f"{rank / curve.channels:4.0%}: {score:5.1%} ({error:.3f})"
+                for rank, error, score in zip(curve.ranks, curve.errors, curve.scores, strict=True)
+            )
+            yield f"{curve.space:{width}}  {curve.channels:8d}  {points}"
