@@ -31,8 +31,12 @@ from torchcap.graph.values import Call as Call
 from torchcap.graph.values import Channels as Channels
 from torchcap.pipeline import compress as compress
 from torchcap.pipeline import prepare as prepare
+from torchcap.plan.allocate import allocate as allocate
 from torchcap.plan.cost import Cost as Cost
 from torchcap.plan.cost import cost as cost
+from torchcap.plan.latency import LatencyTable as LatencyTable
+from torchcap.plan.latency import LayerTimes as LayerTimes
+from torchcap.plan.latency import predict_latency as predict_latency
 from torchcap.plan.plan import Choice as Choice
 from torchcap.plan.plan import Plan as Plan
 from torchcap.plan.sensitivity import Curve as Curve
@@ -44,6 +48,7 @@ from torchcap.projection.initialize import RandomOrthonormal as RandomOrthonorma
 from torchcap.training.losses import distillation_loss as distillation_loss
 from torchcap.training.losses import mixture_loss as mixture_loss
 from torchcap.training.losses import reconstruction_loss as reconstruction_loss
+from torchcap.training.measure import sensitivity as sensitivity
 from torchcap.training.progress import Progress as Progress
 from torchcap.training.projections import train_projections as train_projections
 from torchcap.training.recipe import SGD as SGD
@@ -82,6 +87,8 @@ __all__ = [
     "FlipAndShift",
     "GreedySelection",
     "LargestNorm",
+    "LatencyTable",
+    "LayerTimes",
     "MissingPackageError",
     "Mix",
     "ModelError",
@@ -108,6 +115,7 @@ __all__ = [
     "TrainingError",
     "__version__",
     "all_at_once",
+    "allocate",
     "analyze",
     "compress",
     "cost",
@@ -117,10 +125,12 @@ __all__ = [
     "materialize",
     "mixture_loss",
     "odd_then_even",
+    "predict_latency",
     "prepare",
     "projection_parameters",
     "reconstruction_loss",
     "relax",
+    "sensitivity",
     "solve",
     "train_projections",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from torchcap.training.recipe import ClosedForm, Projections, Recipe
 from torchcap.training.relax import train_kernels
 from torchcap.training.rounds import Round
 from torchcap.training.solve import select, solve_layers
-from torchcap.training.state import StateFile
+from torchcap.training.state import StateFile, fingerprint
 from torchcap.training.taps import TeacherPass, expansion
 from torchcap.transform.balance import balance_
 from torchcap.transform.fold import fold_
@@ -194,7 +193,7 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
         "plan": plan.to_dict(),
         "recipe": str(recipe),
         "seed": seed,
-        "model": _fingerprint(model),
+        "model": fingerprint(model.state_dict()),
         "processes": processes.count(),
     }
     file = StateFile(state, identity, save_every)
@@ -335,16 +334,6 @@ def _checked_batch(model: nn.Module, recipe: Recipe, source: Source) -> Batch:
     if any(step is not None and step.labels > 0 for step in steps):
         cross_entropy(output, first)
     return first
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """Return a hash of all that a model's state holds."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _resolved(graph: SpaceGraph, ratio: float | Mapping[str, float], plan: Plan | None) -> Plan:

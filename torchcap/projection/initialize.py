@@ -36,6 +36,7 @@ class Readout:
         moment: ``E[x xᵀ]`` of the inputs, ``(channels * taps, channels * taps)``; or that of the
             features at one position, ``(channels, channels)``, and taps then are independent
             further outputs. None if it is not known.
+        mean: ``E[x]`` of the same inputs; None if it is not known.
 
     Raises:
         ValueError: if the shapes do not fit or a value is not finite.
@@ -43,6 +44,7 @@ class Readout:
 
     weight: Tensor
     moment: Tensor | None = None
+    mean: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 3:
@@ -277,7 +279,7 @@ class GreedySelection:
         share = space.block_channels - space.block_rank
         if share == 0:  # nothing to choose, and moments are costly to invert
             return torch.eye(space.block_channels, dtype=torch.float64).repeat(space.blocks, 1, 1)
-        eliminations = _eliminations(space, self.ridge)
+        eliminations = eliminations_of(space, self.ridge)
         block = torch.arange(space.blocks).repeat_interleave(space.block_channels)
         stays = drop_cheapest(eliminations, block, [share] * space.blocks)
         offsets = stays.reshape(space.blocks, -1).nonzero()[:, 1]
@@ -286,7 +288,10 @@ class GreedySelection:
 
 
 def drop_cheapest(
-    eliminations: Sequence[Elimination], owner: Tensor, drops: Sequence[int]
+    eliminations: Sequence[Elimination],
+    owner: Tensor,
+    drops: Sequence[int],
+    stays: Tensor | None = None,
 ) -> Tensor:
     """Drop the cheapest channel again and again, until every owner has lost its share.
 
@@ -295,12 +300,13 @@ def drop_cheapest(
         owner: shape ``(channels,)``: which owner (a block, a space) each channel belongs to; those
             of owner -1 stay.
         drops: how many channels each owner loses.
+        stays: what is still there, if the eliminations have lost channels before.
 
     Returns:
         Shape ``(channels,)``, on the CPU: True for the channels that stay.
     """
     left = torch.tensor([*drops, 0])  # the last entry is that of owner -1
-    stays = torch.ones(len(owner), dtype=torch.bool)
+    stays = torch.ones(len(owner), dtype=torch.bool) if stays is None else stays.clone()
     for _ in range(sum(drops)):
         costs = torch.stack([elimination.costs().cpu() for elimination in eliminations]).sum(0)
         channel = int(costs.masked_fill(~stays | (left[owner] == 0), torch.inf).argmin())
@@ -410,7 +416,8 @@ def _select_highest(scores: Tensor, space: SpaceContext) -> Tensor:
     return selection_matrix(order[:, : space.block_rank].sort(-1).values, space.block_channels)
 
 
-def _eliminations(space: SpaceContext, ridge: float) -> list[Elimination]:
+def eliminations_of(space: SpaceContext, ridge: float) -> list[Elimination]:
+    """Return the readouts of a space, ready to lose as many channels as its rank says."""
     if not space.readouts:
         raise ValueError(
             f"greedy selection in space {space.name!r} needs the readouts of its consumers, and it "

@@ -73,7 +73,7 @@ class _Lane:
     def weigh(self) -> int:
         """Return the memory of the tensors that the lane holds, its batch among them."""
         held: dict[int, int] = {}
-        for tensor in _tensors([self.batch.args, self.batch.kwargs, self.teacher, self.student]):
+        for tensor in tensors_in([self.batch.args, self.batch.kwargs, self.teacher, self.student]):
             storage = tensor.untyped_storage()
             held[storage.data_ptr()] = storage.nbytes()
         return sum(held.values())
@@ -288,7 +288,7 @@ def evaluated(model: nn.Module, batch: Batch) -> list[Tensor]:
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        return list(_tensors([batch.run(model)]))
+        return list(tensors_in([batch.run(model)]))
     finally:
         for module, training in modes:
             module.training = training
@@ -300,7 +300,7 @@ def _check_replay(
 ) -> None:
     """Raise a TraceError if the graph computes something else than the model."""
     given = placeholder_values(model, Inputs(batch.args, batch.kwargs))
-    found = list(_tensors([reading.module(*given)]))
+    found = list(tensors_in([reading.module(*given)]))
     same = len(found) == len(expected) and all(
         f.shape == e.shape and torch.allclose(f, e, rtol=1e-3, atol=1e-4 * float(e.abs().max()))
         for f, e in zip(found, expected, strict=True)
@@ -318,12 +318,13 @@ def _shape(node: fx.Node) -> tuple[int, ...] | None:
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Iterate over the tensors in nested lists, tuples and mappings."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)

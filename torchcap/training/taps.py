@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,9 +67,9 @@ class TeacherPass(Attachment):
         self._energies: dict[int, Tensor] = {}
         self._versions: dict[int, int] = {}
         self._copied: set[int] = set()
-        self._probes: list[_Probe] = []
+        self._probes: list[Probe] = []
         for index, tap in enumerate(self.taps if twins is None else twins):
-            probe = _Probe(self._keep_feature, index, tap)
+            probe = Probe(partial(self._keep_feature, index), tap)
             probe.attach(self.teacher)
             self._probes.append(probe)
 
@@ -79,7 +80,7 @@ class TeacherPass(Attachment):
             model.register_forward_hook(self.after_forward, always_call=True),
         ]
         for index, tap in enumerate(self.taps):
-            probe = _Probe(self._compare, index, tap)
+            probe = Probe(partial(self._compare, index), tap)
             self._handles.append(probe.attach(model))
             self._probes.append(probe)
 
@@ -178,36 +179,46 @@ class TeacherPass(Attachment):
         return {**self.__dict__, **passing, "loss": None, "output": None, "_handles": []}
 
 
-class _Probe(Attachment):
-    """Looks at one value during a forward: the n-th output, or input, of a module."""
+class Probe(Attachment):
+    """Looks at one value during a forward: the n-th output, or input, of a module.
 
-    def __init__(self, look: Any, index: int, tap: Tap) -> None:
-        self.look, self.index, self.tap = look, index, tap
+    Args:
+        look: is shown the value.
+        tap: where it is.
+    """
+
+    def __init__(self, look: Callable[[Tensor], None], tap: Tap) -> None:
+        self.look, self.tap = look, tap
         self.calls: int | None = None
 
     def attach(self, model: nn.Module) -> RemovableHandle:
+        """Hang this on the module of a model at which the value is seen."""
         module = model.get_submodule(self.tap.module)
         if self.tap.side == "output":
             return module.register_forward_hook(self.see_output)
         return module.register_forward_pre_hook(self.see_input)
 
     def start(self) -> None:
+        """Begin to count the calls of a forward."""
         self.calls = 0
 
     def stop(self) -> None:
+        """Look away until the next start."""
         self.calls = None
 
     def see_output(self, _: nn.Module, __: Any, output: Any) -> None:
+        """Look at what the module put out."""
         self._count(output)
 
     def see_input(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        """Look at what the module is given."""
         self._count(args[0] if args else None)
 
     def _count(self, value: Any) -> None:
         if self.calls is None:
             return
         if self.calls == self.tap.call and isinstance(value, Tensor):
-            self.look(self.index, value)
+            self.look(value)
         self.calls += 1
 
 

@@ -81,11 +81,33 @@ def bases_for(
     Returns:
         space name -> basis, ``(blocks, channels / blocks, rank / blocks)``.
     """
+    return {
+        around.context.name: _basis(init, around.context)
+        for around in surroundings(model, graph, plan, data)
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What stands around one space.
+
+    Attributes:
+        context: its tensors.
+        readers: whose readouts the first ones of the context are.
+    """
+
+    context: SpaceContext
+    readers: tuple[Port, ...]
+
+
+def surroundings(
+    model: nn.Module, graph: SpaceGraph, plan: Plan, data: Batches | None = None
+) -> Iterator[Surroundings]:
+    """Iterate over what stands around every planned space; see :func:`bases_for`."""
     spaces = [graph[name] for name in plan.choices]
     moments = {} if data is None else _collect(model, spaces, data)
-    return {
-        space.name: _basis(init, _context(model, graph, space, plan, moments)) for space in spaces
-    }
+    for space in spaces:
+        yield _surroundings(model, graph, space, plan, moments)
 
 
 def _basis(init: Initializer, context: SpaceContext) -> Tensor:
@@ -117,9 +139,9 @@ def _basis(init: Initializer, context: SpaceContext) -> Tensor:
     return basis
 
 
-def _context(
+def _surroundings(
     model: nn.Module, graph: SpaceGraph, space: ChannelSpace, plan: Plan, moments: _Moments
-) -> SpaceContext:
+) -> Surroundings:
     producers = [
         _embedded(_rows(model, port), port, space.channels)
         for port in space.producers
@@ -128,7 +150,7 @@ def _context(
     # A readout is a weight with its moments, so without data there are none.
     found = [(port, moments.get((space.name, port))) for port in space.consumers]
     readings = [(port, reading) for port, reading in found if isinstance(reading, _Reading)]
-    return SpaceContext(
+    context = SpaceContext(
         name=space.name,
         channels=space.channels,
         rank=plan.ranks[space.name],
@@ -141,6 +163,7 @@ def _context(
         ),
         moment=_own_moment(space, [reading for _, reading in readings]),
     )
+    return Surroundings(context, tuple(port for port, _ in readings))
 
 
 def _rows(model: nn.Module, port: Port) -> Tensor:
@@ -181,7 +204,10 @@ def _readout(model: nn.Module, space: ChannelSpace, port: Port, reading: _Readin
     full[inside, :, inside] = moment.reshape(channels, size, channels, size)
     if port.groups > 1:
         _cut_between_groups_(full[inside, :, inside], port)
-    return Readout(weight, full.reshape(space.channels * size, space.channels * size))
+    mean = moment.new_zeros(space.channels, size)
+    mean[inside] = reading.moments.mean.reshape(channels, size)
+    wide = full.reshape(space.channels * size, space.channels * size)
+    return Readout(weight, wide, mean.flatten())
 
 
 def _score_readout(graph: SpaceGraph, space: ChannelSpace, moments: _Moments) -> Iterator[Readout]:

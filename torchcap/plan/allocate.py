@@ -1,0 +1,290 @@
+"""Allocation: the ranks that lose least for a budget, from the measured curves of each space."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Final, Literal
+
+import numpy as np
+
+from torchcap.errors import NothingToCompressError, PlanError
+from torchcap.graph.spaces import ChannelSpace, SpaceGraph
+from torchcap.plan.latency import LatencyPrice, LatencyTable
+from torchcap.plan.minimize import minimize
+from torchcap.plan.plan import Plan
+from torchcap.plan.price import (
+    Price,
+    Table,
+    Vector,
+    activations,
+    as_vector,
+    multiply_adds,
+    parameters,
+)
+from torchcap.plan.sensitivity import Curve, Sensitivity
+
+CANDIDATES: Final = 64
+"""Ranks that are considered for a space, at most."""
+
+Loss = Literal["output_errors", "errors", "scores"]
+
+
+def allocate(  # noqa: PLR0913 - an argument for each thing that may be said
+    graph: SpaceGraph,
+    sensitivity: Sensitivity,
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    activation_values: float | None = None,
+    latency_ms: float | None = None,
+    latency: LatencyTable | None = None,
+    loss: Loss = "output_errors",
+    multiple_of: int = 1,
+    minimum: float | Mapping[str, float] = 0.05,
+    fixed: Sequence[str] = (),
+) -> Plan:
+    """Return the plan that loses least within a budget, if the losses of the spaces add up.
+
+    Exactly one budget is given. What a plan costs is not a sum over the spaces: the layer between
+    two of them costs as much as the product of their ranks. Such products, in bottlenecks and along
+    plain chains, are part of the optimisation: for each price of the budget's unit the best ranks
+    are found exactly, by eliminating one space after the other; the price is then the one at which
+    they fit, and what is left of the budget goes where it helps most.
+
+    Args:
+        graph: what :func:`torchcap.analyze` found.
+        sensitivity: the curves of its free spaces, from :func:`torchcap.sensitivity`; spaces
+            without a curve keep their channels.
+        macs: multiply-adds: as a share of the model's, within 0 and 1, or as a number above 1.
+        params: the same for the number of parameters.
+        activation_values: the same for the number of values that layers write.
+        latency_ms: milliseconds of one forward, by the table ``latency``.
+        latency: measured times of the layers, from :func:`torchcap.measure_latency`.
+        loss: which row of the curves adds up: the errors of the output, those of the features
+            behind each space, or what the scores have lost.
+        multiple_of: ranks are multiples of this, as far as a space has the channels.
+        minimum: least share of the channels that a space keeps; or a mapping by name.
+        fixed: names of spaces that keep all channels.
+
+    Raises:
+        PlanError: if no or several budgets are given, or one that cannot be reached; for curves of
+            another model, unknown spaces and shares outside of (0, 1].
+        NothingToCompressError: if no curve belongs to a free space.
+
+    References:
+        Minnehan & Savakis, "Cascaded Projection", CVPR 2019, sec. 4.1 (the plan "CaP Optimal").
+        Everett, "Generalized Lagrange multiplier method", Operations Research 1963.
+    """
+    curves = _curves(graph, sensitivity)
+    price, budget = _budget(graph, latency, macs, params, activation_values, latency_ms)
+    least = minimum if isinstance(minimum, Mapping) else dict.fromkeys(curves, minimum)
+    _check_names(graph, {*least, *fixed})
+    ladders = []
+    for space in graph.free:
+        if space.name in curves and space.name not in fixed:
+            lowest = least.get(space.name, 0.0) * space.channels
+            losses = _losses(curves[space.name], loss, sensitivity.baseline)
+            ladders.append(_ladder(space, losses, lowest, multiple_of))
+        else:
+            ladders.append(Ladder(np.array([float(space.channels)]), np.zeros(1)))
+    ranks = _Search(ladders, price, budget).ranks()
+    chosen = dict(zip(price.spaces, map(int, ranks), strict=True))
+    return Plan.of(graph, {name: rank for name, rank in chosen.items() if name in curves})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ladder:
+    """The ranks that are considered for a space, rising, and what each of them loses."""
+
+    ranks: Vector
+    losses: Vector
+
+
+class _Search:
+    """Looks for the ranks of least loss within a budget.
+
+    Attributes:
+        ladders: of each space.
+        price: what ranks cost together.
+        budget: what they may cost.
+    """
+
+    def __init__(self, ladders: Sequence[Ladder], price: Price, budget: float) -> None:
+        self.ladders, self.price, self.budget = ladders, price, budget
+        self.sizes = [len(ladder.ranks) for ladder in ladders]
+        self.losses: list[Table] = [((i,), ladder.losses) for i, ladder in enumerate(ladders)]
+        self.costs = list(price.tables([ladder.ranks for ladder in ladders]))
+
+    def ranks(self) -> Vector:
+        """Return the ranks.
+
+        Raises:
+            PlanError: if the budget cannot be reached.
+        """
+        cheapest = minimize(self.sizes, self.costs)
+        if self._cost(cheapest) > self.budget:
+            raise PlanError(
+                f"a budget of {self.budget:,.6g} cannot be reached: with the fewest channels that "
+                f"are allowed the model costs {self._cost(cheapest):,.6g}. Raise the budget, lower "
+                "minimum=, measure smaller shares, or compress more spaces (streams=True)"
+            )
+        tried = [cheapest, *self._by_price()]
+        fitting = [self._filled(chosen) for chosen in tried if self._cost(chosen) <= self.budget]
+        return self._at(min(fitting, key=self._loss))
+
+    def _by_price(self) -> list[list[int]]:
+        """Return the best ranks at several prices of a unit of the budget, about where they fit."""
+        low, high = 0.0, 1e-9 / max(self.budget, 1e-9)
+        found = [self._best(0.0)]
+        if self._cost(found[0]) <= self.budget:
+            return found
+        while self._cost(found[-1]) > self.budget and high < _HIGHEST_PRICE:
+            low, high = high, 4 * high
+            found.append(self._best(high))
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            found.append(self._best(middle))
+            if self._cost(found[-1]) > self.budget:
+                low = middle
+            else:
+                high = middle
+        return found
+
+    def _best(self, price: float) -> list[int]:
+        """Return the ranks of least loss plus cost, at a price for a unit of cost."""
+        costs = [(variables, price * table) for variables, table in self.costs]
+        return minimize(self.sizes, [*self.losses, *costs])
+
+    def _filled(self, chosen: list[int]) -> list[int]:
+        """Spend what is left of the budget, space by space, where it takes most loss away."""
+        chosen = list(chosen)
+        while True:
+            cost = self._cost(chosen)
+            best, worth = None, 0.0
+            for space, ladder in enumerate(self.ladders):
+                for index in range(chosen[space] + 1, self.sizes[space]):
+                    gain = ladder.losses[chosen[space]] - ladder.losses[index]
+                    tried = [*chosen[:space], index, *chosen[space + 1 :]]
+                    added = self._cost(tried) - cost
+                    if cost + added > self.budget:
+                        break
+                    rate = gain / max(added, 1e-12)
+                    if gain > 0 and rate > worth:
+                        best, worth = tried, rate
+            if best is None:
+                return chosen
+            chosen = best
+
+    def _at(self, chosen: Sequence[int]) -> Vector:
+        return np.array([ladder.ranks[i] for ladder, i in zip(self.ladders, chosen, strict=True)])
+
+    def _cost(self, chosen: Sequence[int]) -> float:
+        return self.price.total(self._at(chosen))
+
+    def _loss(self, chosen: Sequence[int]) -> float:
+        return float(sum(ladder.losses[i] for ladder, i in zip(self.ladders, chosen, strict=True)))
+
+
+_HALVINGS: Final = 30
+_HIGHEST_PRICE: Final = 1e12
+
+
+def _losses(curve: Curve, loss: Loss, baseline: float) -> Mapping[int, float]:
+    """Return the measured losses by rank: more channels never lose more, and all lose nothing."""
+    if loss == "scores":
+        measured = np.maximum(baseline - np.array(curve.scores), 0.0)
+    else:
+        measured = np.array(getattr(curve, loss))
+    falling = np.maximum.accumulate(measured[::-1])[::-1]
+    return dict(zip(curve.ranks, map(float, falling), strict=True)) | {curve.channels: 0.0}
+
+
+def _ladder(
+    space: ChannelSpace, losses: Mapping[int, float], lowest: float, multiple_of: int
+) -> Ladder:
+    """Return the ranks that a space may get, and their losses, between those that were measured.
+
+    Between two ranks the logarithm of the loss is linear.
+    """
+    step = space.blocks if space.blocks > 1 else multiple_of
+    first = min(space.channels, int(-(-max(lowest, min(losses)) // step)) * step)
+    ranks = np.unique([*range(first, space.channels, step), space.channels])
+    if len(ranks) > CANDIDATES:
+        ranks = ranks[np.unique(np.linspace(0, len(ranks) - 1, CANDIDATES).round().astype(int))]
+    known, lost = np.array(list(losses)), np.array(list(losses.values()))
+    floor = max(float(lost.max()), 1e-12) * 1e-6
+    between = np.exp(np.interp(ranks, known, np.log(lost + floor))) - floor
+    return Ladder(ranks.astype(float), np.maximum(between, 0.0))
+
+
+def _budget(
+    graph: SpaceGraph,
+    latency: LatencyTable | None,
+    macs: float | None,
+    params: float | None,
+    activation_values: float | None,
+    latency_ms: float | None,
+) -> tuple[Price, float]:
+    """Return what is to be paid for, and how much of it there may be."""
+    given = {
+        "macs": (macs, multiply_adds),
+        "params": (params, parameters),
+        "activation_values": (activation_values, activations),
+    }
+    named = [name for name, (value, _) in given.items() if value is not None]
+    named += ["latency_ms"] if latency_ms is not None else []
+    if len(named) != 1:
+        raise PlanError(
+            "give exactly one budget: macs=, params=, activation_values= or latency_ms=; got "
+            f"{', '.join(named) or 'none'}"
+        )
+    if latency_ms is not None:
+        if latency is None:
+            raise PlanError(
+                "a budget in milliseconds needs latency=, the times of the model's layers; "
+                "measure them on the target device: measure_latency(model)"
+            )
+        _check_positive("latency_ms", latency_ms)
+        return LatencyPrice(graph, latency), latency_ms
+    value, make = given[named[0]]
+    assert value is not None  # noqa: S101 - it is the one that was given
+    _check_positive(named[0], value)
+    price = make(graph)
+    full = price.total(as_vector(price.spaces, {s.name: s.channels for s in graph.free}))
+    return price, value * full if value <= 1 else value
+
+
+def _check_positive(name: str, value: float) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not isfinite(value) or not value > 0:
+        raise PlanError(f"{name} is a positive budget; got {value!r}")
+
+
+def _check_names(graph: SpaceGraph, names: Collection[str]) -> None:
+    unknown = sorted(set(names) - {space.name for space in graph.free})
+    if unknown:
+        raise PlanError(
+            f"{graph.model!r} has no free space {', '.join(map(repr, unknown))}; see "
+            "print(analyze(model))"
+        )
+
+
+def _curves(graph: SpaceGraph, sensitivity: Sensitivity) -> dict[str, Curve]:
+    """Return the curves by space, if they are those of this graph."""
+    curves = {curve.space: curve for curve in sensitivity.curves}
+    channels = {space.name: space.channels for space in graph.free}
+    other = [n for n, c in curves.items() if channels.get(n) != c.channels]
+    if other:
+        raise PlanError(
+            f"the curves were measured on another model ({sensitivity.model!r}): {graph.model!r} "
+            f"has no free space {other[0]!r} of {curves[other[0]].channels} channels; measure "
+            "this one: sensitivity(model, data)"
+        )
+    if not curves:
+        raise NothingToCompressError(
+            f"there are no curves of {graph.model!r} to allocate by; measure them: "
+            "sensitivity(model, data)"
+        )
+    return curves
