@@ -33,7 +33,9 @@ from torchcap.pipeline import compress as compress
 from torchcap.pipeline import prepare as prepare
 from torchcap.plan.allocate import allocate as allocate
 from torchcap.plan.cost import Cost as Cost
+from torchcap.plan.cost import LayerCost as LayerCost
 from torchcap.plan.cost import cost as cost
+from torchcap.plan.cost import layer_costs as layer_costs
 from torchcap.plan.latency import LatencyTable as LatencyTable
 from torchcap.plan.latency import LayerTimes as LayerTimes
 from torchcap.plan.latency import predict_latency as predict_latency
@@ -45,6 +47,9 @@ from torchcap.projection.initialize import GreedySelection as GreedySelection
 from torchcap.projection.initialize import LargestNorm as LargestNorm
 from torchcap.projection.initialize import PrincipalComponents as PrincipalComponents
 from torchcap.projection.initialize import RandomOrthonormal as RandomOrthonormal
+from torchcap.report import Report as Report
+from torchcap.report import compare as compare
+from torchcap.training.clock import measure_latency as measure_latency
 from torchcap.training.losses import distillation_loss as distillation_loss
 from torchcap.training.losses import mixture_loss as mixture_loss
 from torchcap.training.losses import reconstruction_loss as reconstruction_loss
@@ -88,6 +93,7 @@ __all__ = [
     "GreedySelection",
     "LargestNorm",
     "LatencyTable",
+    "LayerCost",
     "LayerTimes",
     "MissingPackageError",
     "Mix",
@@ -103,6 +109,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Relaxation",
+    "Report",
     "Round",
     "Sensitivity",
     "Solution",
@@ -117,12 +124,15 @@ __all__ = [
     "all_at_once",
     "allocate",
     "analyze",
+    "compare",
     "compress",
     "cost",
     "distillation_loss",
     "fine_tune",
     "layer_by_layer",
+    "layer_costs",
     "materialize",
+    "measure_latency",
     "mixture_loss",
     "odd_then_even",
     "predict_latency",

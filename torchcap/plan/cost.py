@@ -8,12 +8,16 @@ called as functions, are not counted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
-from torchcap.graph.spaces import SpaceGraph
+from torchcap.graph.spaces import LayerCall, SpaceGraph
 from torchcap.plan.plan import Plan
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,28 @@ class Cost:
     activations: int
 
 
+@dataclass(frozen=True, slots=True)
+class LayerCost:
+    """What one convolution or linear layer costs in one forward on the example inputs.
+
+    Attributes:
+        layer: qualified name of the layer, ``""`` for a model that is one itself.
+        kind: ``"conv"`` or ``"linear"``.
+        shape: of the weight, ``(out, in / groups, …)``.
+        macs: multiply-adds of all its calls.
+        parameters: number of its trained values; those that it shares with another layer count
+            where the model names them first.
+        activations: number of values that its calls write.
+    """
+
+    layer: str
+    kind: Literal["conv", "linear"]
+    shape: tuple[int, ...]
+    macs: int
+    parameters: int
+    activations: int
+
+
 def cost(graph: SpaceGraph, plan: Plan | None = None) -> Cost:
     """Predict the cost of the model that ``materialize`` gives for a plan.
 
@@ -41,17 +67,81 @@ def cost(graph: SpaceGraph, plan: Plan | None = None) -> Cost:
     Raises:
         PlanError: if the plan does not fit the graph.
     """
+    shapes = _planned_shapes(graph, plan)
+    layers = costs_of_calls(graph.calls, shapes)
+    return Cost(
+        sum(layer.macs for layer in layers),
+        sum(map(prod, shapes.values())),
+        sum(layer.activations for layer in layers),
+    )
+
+
+def layer_costs(graph: SpaceGraph, plan: Plan | None = None) -> tuple[LayerCost, ...]:
+    """Predict the cost of every layer of the model that ``materialize`` gives for a plan.
+
+    Args:
+        graph: what :func:`torchcap.analyze` found.
+        plan: ranks; None for the folded model at its full width.
+
+    Returns:
+        The convolutions and linear layers that run, in the order of their first calls. Their
+        multiply-adds and activations add up to those of :func:`cost`.
+
+    Raises:
+        PlanError: if the plan does not fit the graph.
+
+    Examples:
+        >>> import torch, torchcap
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 3))
+        >>> graph = torchcap.analyze(net, torch.zeros(1, 3, 8, 8))
+        >>> for layer in layer_costs(graph, torchcap.Plan.of(graph, {"0": 2})):
+        ...     print(layer.layer, layer.kind, layer.shape, layer.macs, layer.parameters)
+        0 conv (2, 3, 3, 3) 1944 56
+        1 conv (4, 2, 3, 3) 1152 76
+    """
+    return costs_of_calls(graph.calls, _planned_shapes(graph, plan))
+
+
+def costs_of_calls(calls: Iterable[LayerCall], shapes: Shapes) -> tuple[LayerCost, ...]:
+    """Return the costs of the layers that were called.
+
+    Args:
+        calls: of one forward.
+        shapes: of every parameter of the model, by qualified name.
+    """
+    positions: Counter[str] = Counter()
+    weights: dict[str, tuple[int, ...]] = {}
+    for call in calls:
+        positions[call.module] += call.positions
+        # Weights that are tied or parametrized stand under other names, and never change.
+        name = f"{call.module}.weight" if call.module else "weight"
+        weights[call.module] = shapes.get(name, call.shape)
+    parameters: Counter[str] = Counter()
+    for name, shape in shapes.items():
+        parameters[_owner(name)] += prod(shape)
+    return tuple(
+        LayerCost(
+            layer=layer,
+            kind="linear" if len(shape) == 2 else "conv",
+            shape=shape,
+            macs=positions[layer] * prod(shape),
+            parameters=parameters[layer],
+            activations=positions[layer] * shape[0],
+        )
+        for layer, shape in weights.items()
+    )
+
+
+def _owner(tensor: str) -> str:
+    """Return the layer that a parameter belongs to, be it parametrized or plain."""
+    layer, parametrized, _ = f".{tensor}".partition(".parametrizations.")
+    return (layer if parametrized else layer.rpartition(".")[0])[1:]
+
+
+def _planned_shapes(graph: SpaceGraph, plan: Plan | None) -> Shapes:
     if plan is not None:
         plan.check(graph)
-    folded = graph.after_folding()
-    shapes = shapes_under(folded, plan.ranks if plan is not None else {})
-    macs = activations = 0
-    for call in folded.calls:
-        # Weights that are tied or parametrized stand under other names, and never change.
-        shape = shapes.get(f"{call.module}.weight" if call.module else "weight", call.shape)
-        macs += call.positions * prod(shape)
-        activations += call.positions * shape[0]
-    return Cost(macs, sum(prod(shape) for shape in shapes.values()), activations)
+    return shapes_under(graph.after_folding(), plan.ranks if plan is not None else {})
 
 
 def shapes_under(graph: SpaceGraph, ranks: Mapping[str, int]) -> dict[str, tuple[int, ...]]:

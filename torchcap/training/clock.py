@@ -1,0 +1,259 @@
+"""The clock: times of a model's layers on the device where it is, at several widths."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+
+from torchcap.errors import ModelError, PlanError
+from torchcap.graph.analyze import Reader
+from torchcap.graph.inputs import ExampleInputs, Inputs, as_inputs, default_inputs
+from torchcap.graph.rules import Target
+from torchcap.graph.spaces import SpaceGraph
+from torchcap.graph.values import Rule
+from torchcap.plan.cost import cost
+from torchcap.plan.latency import LatencyTable, LayerTimes, predict_latency
+from torchcap.plan.plan import Plan
+from torchcap.plan.price import Sizes, weight_of
+from torchcap.projection.initialize import LargestNorm
+from torchcap.training.progress import OnProgress, Progress
+from torchcap.transform.fold import fold_
+from torchcap.transform.materialize import materialize
+from torchcap.transform.prepare import project_
+from torchcap.transform.start import bases_for
+from torchcap.transform.student import HOOKS
+
+WIDTHS: Final = (0.1, 0.25, 0.5, 0.75, 1.0)
+"""Shares of the channels at which layers are timed."""
+
+NARROW: Final = 0.25
+"""Share of the channels of the second network whose whole time is taken."""
+
+COLD_BYTES: Final = 2**26
+"""Weights of a layer are taken in turns until they are as large as this: more than caches hold."""
+
+
+ROUNDS: Final = 30
+"""How often the whole networks run in turns."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One call of a layer: the shape and dtype of its input."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def measure_latency(
+    model: nn.Module,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    widths: Sequence[float] = WIDTHS,
+    seconds: float = 0.05,
+    on_progress: OnProgress | None = None,
+    leaves: Sequence[type[nn.Module]] = (),
+    rules: Mapping[Target, Rule] | None = None,
+    streams: bool = False,
+) -> LatencyTable:
+    """Time the layers of a model at several widths, on the device where it is.
+
+    Every layer is timed alone, with as many outputs and inputs as its spaces may leave it, in
+    evaluation mode with its batch norm folded, and its weights not in the cache. All else (norms
+    that don't fold, activations, sums, what Python takes) is what the whole network takes beyond
+    that, at full width and at a quarter of it.
+
+    Times are those of the number of threads, the dtype, the memory format and the batch that the
+    model and its example have now. Nothing else should run meanwhile.
+
+    Args:
+        model: the model; it is not changed.
+        example_inputs: of the batch size that matters; may be left out as for
+            :func:`torchcap.analyze`.
+        widths: shares of the channels at which layers are timed, within 0 and 1.
+        seconds: that each layer is timed for at each width, at least.
+        on_progress: called after each layer.
+        leaves: as for :func:`torchcap.analyze`.
+        rules: as for :func:`torchcap.analyze`.
+        streams: as for :func:`torchcap.analyze`.
+
+    Raises:
+        TraceError, ExampleInputsError: if the model cannot be read.
+        NothingToCompressError: if no space is free.
+        ModelError: if the model is on the meta device.
+        PlanError: for widths outside of (0, 1].
+    """
+    if not widths or not all(0 < width <= 1 for width in widths):
+        raise PlanError(f"widths are shares of the channels within 0 and 1; got {tuple(widths)}")
+    if any(p.is_meta for p in model.parameters()):
+        raise ModelError("a model on the meta device takes no time; load its weights first")
+    inputs = default_inputs(model) if example_inputs is None else as_inputs(example_inputs)
+    graph = Reader(leaves, rules, streams)(model, inputs.args or inputs.kwargs)
+    narrow = Plan.uniform(graph, NARROW)
+    folded = copy.deepcopy(model).eval()
+    fold_(folded, graph.folds)
+    calls = _calls(folded, graph, inputs)
+    sizes = Sizes(graph)
+    known: dict[Any, LayerTimes] = {}
+    layers: dict[str, LayerTimes] = {}
+    for number, (name, found) in enumerate(calls.items(), start=1):
+        layer = folded.get_submodule(name)
+        grid = _grid(sizes, name, layer, widths)
+        key = (str(layer), tuple(found), *grid)  # layers of one shape are timed once
+        if key not in known:
+            known[key] = _layer_times(layer, found, *grid, seconds=seconds)
+        layers[name] = known[key]
+        if on_progress is not None:
+            slowest = known[key].milliseconds[-1][-1]
+            on_progress(Progress("latency", number, len(calls), slowest))
+    small = _materialized(folded, graph, narrow).eval()
+    whole, whole_narrow = _whole([folded, small], inputs)
+    alone = LatencyTable(graph.model, _device(folded), layers, 0.0, 0.0, whole)
+    rest = whole - predict_latency(graph, None, alone)
+    rest_narrow = whole_narrow - predict_latency(graph, narrow, alone)
+    written, written_narrow = cost(graph).activations, cost(graph, narrow).activations
+    slope = (rest - rest_narrow) / max(1, written - written_narrow)
+    floor = rest - slope * written
+    return LatencyTable(graph.model, alone.device, layers, rest, floor, whole)
+
+
+def _calls(model: nn.Module, graph: SpaceGraph, inputs: Inputs) -> dict[str, list[_Call]]:
+    """Return the calls of every layer in one forward."""
+    names = dict.fromkeys(call.module for call in graph.calls)
+    found: dict[str, list[_Call]] = {name: [] for name in names}
+
+    def noting(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+            found[name].append(_Call(tuple(args[0].shape), args[0].dtype))
+
+        return note
+
+    handles = [model.get_submodule(n).register_forward_pre_hook(noting(n)) for n in names]
+    try:
+        with torch.inference_mode():
+            model(*inputs.args, **inputs.kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _grid(
+    sizes: Sizes, name: str, layer: nn.Module, widths: Sequence[float]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the sizes of a layer's weight, along its first two axes, that it is timed with."""
+    tensor = weight_of(name)
+    shape = layer.weight.shape
+    assert isinstance(shape, torch.Size)  # noqa: S101 - of a convolution or linear layer
+    grid = []
+    for axis in (0, 1):
+        free = tensor in sizes.graph.tensors and bool(sizes(tensor, axis).parts.any())
+        step = getattr(layer, "groups", 1) if axis == 0 and not _is_depthwise(layer) else 1
+        shares = widths if free else (1.0,)
+        full = shape[axis] // step
+        grid.append(tuple(sorted({step * max(1, math.ceil(full * s)) for s in (*shares, 1.0)})))
+    return grid[0], grid[1]
+
+
+def _is_depthwise(layer: nn.Module) -> bool:
+    return getattr(layer, "groups", 1) > 1 and layer.groups == layer.in_channels
+
+
+def _layer_times(
+    layer: nn.Module,
+    calls: Sequence[_Call],
+    outputs: tuple[int, ...],
+    inputs: tuple[int, ...],
+    *,
+    seconds: float,
+) -> LayerTimes:
+    rows = tuple(
+        tuple(
+            sum(_milliseconds(layer, call, rows, columns, seconds) for call in calls)
+            for columns in inputs
+        )
+        for rows in outputs
+    )
+    return LayerTimes(outputs, inputs, rows)
+
+
+@torch.inference_mode()
+def _milliseconds(
+    layer: nn.Module, call: _Call, outputs: int, inputs: int, seconds: float
+) -> float:
+    """Time one call of a layer of other widths."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)  # noqa: S101 - of a convolution or linear layer
+    resized = weight.new_empty(outputs, inputs, *weight.shape[2:])
+    if weight.dim() == 4 and not weight.is_contiguous():
+        resized = resized.to(memory_format=torch.channels_last)
+    count = max(1, min(64, COLD_BYTES // max(1, resized.nbytes)))
+    turns = [_resized(layer, torch.randn_like(resized)) for _ in range(count)]
+    shape = list(call.shape)
+    shape[-1 if isinstance(layer, nn.Linear) else 1] = inputs * getattr(turns[0], "groups", 1)
+    x = torch.randn(shape, dtype=call.dtype, device=weight.device)
+    if weight.dim() == 4 and not weight.is_contiguous():
+        x = x.to(memory_format=torch.channels_last)
+    known = {"turns": cycle(turns), "x": x}
+    timer = Timer("next(turns)(x)", globals=known, num_threads=torch.get_num_threads())
+    return 1e3 * timer.blocked_autorange(min_run_time=seconds).median
+
+
+def _resized(layer: nn.Module, weight: Tensor) -> nn.Module:
+    """Return a layer of the same kind with another weight."""
+    shell: Any = copy.copy(layer)
+    shell._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
+    if layer._parameters.get("bias") is not None:
+        bias = weight.new_zeros(len(weight))
+        shell._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
+    else:
+        shell._parameters["bias"] = None
+    for name in HOOKS:
+        setattr(shell, name, OrderedDict())
+    if _is_depthwise(layer):
+        width = shell.in_channels * len(weight) // shell.out_channels
+        shell.groups = shell.in_channels = width
+    return shell
+
+
+def _materialized(folded: nn.Module, graph: SpaceGraph, plan: Plan) -> nn.Module:
+    student = copy.deepcopy(folded)
+    bases = bases_for(student, graph.after_folding(), plan, LargestNorm())
+    project_(student, graph, plan, bases)
+    return materialize(student)
+
+
+@torch.inference_mode()
+def _whole(models: Sequence[nn.Module], inputs: Inputs) -> list[float]:
+    """Return the milliseconds of each model's forward, taken in turns."""
+    timers = [
+        Timer(
+            "model(*args, **kwargs)",
+            globals={"model": model, "args": inputs.args, "kwargs": dict(inputs.kwargs)},
+            num_threads=torch.get_num_threads(),
+        )
+        for model in models
+    ]
+    for timer in timers:
+        timer.timeit(2)
+    taken: list[list[float]] = [[] for _ in timers]
+    for _ in range(ROUNDS):
+        for timer, times in zip(timers, taken, strict=True):
+            times.append(1e3 * timer.timeit(1).median)
+    return [float(torch.tensor(times).median()) for times in taken]
+
+
+def _device(model: nn.Module) -> str:
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
