@@ -175,7 +175,7 @@ def test_rank_that_does_not_divide_into_blocks_is_refused() -> None:
 
 def test_plan_of_another_model_is_refused() -> None:
     plan = Plan.uniform(CHAIN, 0.5)
-    with pytest.raises(PlanError, match=r"'conv1' has 6 channels.*'Signal'.*8.*'ConvChain'"):
+    with pytest.raises(PlanError, match=r"(?s)'ConvChain'.*'Signal'.*'conv1' has 6 channels, 8 in"):
         plan.check(read("Signal"))
     plan.check(CHAIN)
 

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from torchcap import processes
 from torchcap.batches import Batch, Batches, Source, as_source
-from torchcap.errors import ModelError, NothingToCompressError, PlanError, RecipeError
+from torchcap.errors import DataError, ModelError, NothingToCompressError, PlanError, RecipeError
 from torchcap.graph.analyze import Reader
 from torchcap.graph.inputs import ExampleInputs
 from torchcap.graph.rules import Target
 from torchcap.graph.spaces import SpaceGraph
 from torchcap.graph.trace import shadow
 from torchcap.graph.values import Rule
+from torchcap.plan.allocate import allocate
+from torchcap.plan.latency import LatencyTable
 from torchcap.plan.plan import Plan
+from torchcap.plan.sensitivity import Sensitivity
 from torchcap.projection.initialize import GreedySelection, Initializer, LargestNorm
+from torchcap.training.clock import measure_latency
 from torchcap.training.fit import cross_entropy
+from torchcap.training.measure import sensitivity
 from torchcap.training.progress import OnProgress, Watch
 from torchcap.training.projections import train_round
 from torchcap.training.recipe import ClosedForm, Projections, Recipe
@@ -116,6 +122,11 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
     *,
     ratio: float | Mapping[str, float] = 0.5,
     plan: Plan | None = None,
+    macs: float | None = None,
+    params: float | None = None,
+    latency_ms: float | None = None,
+    curves: Sensitivity | None = None,
+    latency: LatencyTable | None = None,
     recipe: Recipe | None = None,
     example_inputs: ExampleInputs | None = None,
     seed: int = 0,
@@ -145,6 +156,16 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
         ratio: share of channels *kept* in each free space, ``0 < ratio <= 1``; or a mapping of
             space name to share.
         plan: ranks by space, instead of ``ratio``.
+        macs: budget of multiply-adds, instead of ``ratio``: as a share of the model's, within 0
+            and 1, or a number above 1. Ranks then are those that lose least, see
+            :func:`torchcap.allocate`.
+        params: budget of parameters, likewise.
+        latency_ms: budget in milliseconds of one forward on ``example_inputs``, on the device of
+            the model.
+        curves: for a budget: what :func:`torchcap.sensitivity` has measured; by default it is
+            measured now, on the data.
+        latency: for ``latency_ms``: what :func:`torchcap.measure_latency` has measured; by default
+            it is measured now.
         recipe: what to do; by default :meth:`Recipe.minutes`.
         example_inputs: for reading the model; by default the first batch.
         seed: of everything that is drawn. The same seed gives the same model.
@@ -163,7 +184,8 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
     Raises:
         ModelError, NothingToCompressError, TraceError, ExampleInputsError: as for
             :func:`prepare`.
-        PlanError: for a ratio, rank or space that the model cannot take.
+        PlanError: for a ratio, rank or space that the model cannot take; for a budget that cannot
+            be reached, or more than one of a ratio by name, a plan and the budgets.
         DataError: if the data cannot be used: empty, not finite, of a wrong shape or dtype, can be
             passed over only once, labels missing or out of range.
         RecipeError: if a recipe needs data, and there is none.
@@ -188,6 +210,16 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
         )
     reader = Reader(leaves, rules, streams)
     graph = reader(model, example_inputs)
+    if any(budget is not None for budget in (macs, params, latency_ms)):
+        if plan is not None or isinstance(ratio, Mapping):
+            raise PlanError("give a budget, a plan or ratios by name: only one of them")
+        kept = _Measurements(model, source, example_inputs, seed, state, on_progress, reader)
+        if latency_ms is not None and latency is None:
+            latency = kept.latency()
+        curves = kept.curves() if curves is None else curves
+        plan = allocate(
+            graph, curves, macs=macs, params=params, latency_ms=latency_ms, latency=latency
+        )
     plan = _resolved(graph, ratio, plan)
     identity = {
         "plan": plan.to_dict(),
@@ -200,7 +232,59 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
     run = _Run(model, graph, plan, recipe, source, file, reader, on_progress)
     small = run.result()
     file.remove()
+    _Measurements.remove(state)
     return small
+
+
+@dataclass(frozen=True, slots=True)
+class _Measurements:
+    """What a budget is shared out by; kept beside the state of a run, so that it can go on."""
+
+    model: nn.Module
+    source: Source | None
+    example_inputs: ExampleInputs | None
+    seed: int
+    state: Path | str | None
+    on_progress: OnProgress | None
+    reader: Reader
+
+    def curves(self) -> Sensitivity:
+        """Measure what the spaces lose."""
+        if self.source is None:
+            raise DataError(
+                "a budget is shared out by what every space loses, which is measured on images: "
+                "give data=, or curves= from torchcap.sensitivity()"
+            )
+        return sensitivity(
+            self.model,
+            self.source,
+            example_inputs=self.example_inputs,
+            seed=self.seed,
+            cache=None if self.state is None else f"{self.state}.curves",
+            on_progress=self.on_progress,
+            **self._reading(),
+        )
+
+    def latency(self) -> LatencyTable:
+        """Measure what the layers take; another time it would be something else."""
+        path = None if self.state is None else Path(f"{self.state}.latency")
+        if path is not None and path.exists():
+            return LatencyTable.from_json(path.read_text("utf-8"))
+        table = measure_latency(self.model, self.example_inputs, **self._reading())
+        if path is not None and processes.rank() == 0:
+            path.write_text(table.to_json(), "utf-8")
+        return table
+
+    def _reading(self) -> dict[str, Any]:
+        reader = self.reader
+        return {"leaves": reader.leaves, "rules": reader.rules, "streams": reader.streams}
+
+    @staticmethod
+    def remove(state: Path | str | None) -> None:
+        """Remove what was kept: the run is done."""
+        if state is not None and processes.rank() == 0:
+            for kind in ("curves", "latency"):
+                Path(f"{state}.{kind}").unlink(missing_ok=True)
 
 
 class _Run(Generic[M]):

@@ -130,9 +130,22 @@ class _Search:
                 f"are allowed the model costs {self._cost(cheapest):,.6g}. Raise the budget, lower "
                 "minimum=, measure smaller shares, or compress more spaces (streams=True)"
             )
-        tried = [cheapest, *self._by_price()]
+        tried = [cheapest, self._uniform(), *self._by_price()]
         fitting = [self._filled(chosen) for chosen in tried if self._cost(chosen) <= self.budget]
         return self._at(min(fitting, key=self._loss))
+
+    def _uniform(self) -> list[int]:
+        """Return the largest ranks that are about the same share of every space, and fit."""
+        chosen = [0] * len(self.ladders)
+        for share in np.linspace(0, 1, 101):
+            wanted = [share * ladder.ranks[-1] for ladder in self.ladders]
+            tried = [
+                max(0, int(np.searchsorted(ladder.ranks, rank, "right")) - 1)
+                for ladder, rank in zip(self.ladders, wanted, strict=True)
+            ]
+            if self._cost(tried) <= self.budget:
+                chosen = tried
+        return chosen
 
     def _by_price(self) -> list[list[int]]:
         """Return the best ranks at several prices of a unit of the budget, about where they fit."""

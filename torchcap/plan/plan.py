@@ -14,13 +14,22 @@ from typing import Any
 from torchcap.errors import NothingToCompressError, PlanError
 from torchcap.graph.spaces import ChannelSpace, SpaceGraph
 
+_NAMED = 5  # differences, in a message
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What happens to one space: ``rank`` of its ``channels`` are kept."""
+    """What happens to one space: ``rank`` of its ``channels`` are kept.
+
+    Attributes:
+        channels: that the space has.
+        rank: how many of them are kept.
+        reason: why, in words, for whoever reads the plan.
+    """
 
     channels: int
     rank: int
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class Plan:
                     f"space {name!r} has {channels} channels, so its rank must be an integer "
                     f"within 1..{channels}; got {choice.rank!r}"
                 )
-            choices[name] = Choice(channels, rank)
+            choices[name] = Choice(channels, rank, choice.reason)
         object.__setattr__(self, "choices", MappingProxyType(choices))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -103,17 +112,39 @@ class Plan:
         """Space name -> rank."""
         return {name: choice.rank for name, choice in self.choices.items()}
 
+    def but(self, **ranks: int) -> Plan:
+        """Return a copy with other ranks of some spaces: ``plan.but(**{"layer1.0.conv1": 8})``.
+
+        Raises:
+            PlanError: for a space that is not in the plan, or a rank that it cannot have.
+        """
+        for name in ranks:
+            if name not in self.choices:
+                raise PlanError(f"the plan has no space {name!r}; see print(plan)")
+        changed = {
+            name: Choice(self.choices[name].channels, rank, "by hand")
+            for name, rank in ranks.items()
+        }
+        return Plan({**self.choices, **changed}, self.model)
+
+    def differences(self, other: Plan) -> dict[str, tuple[Choice | None, Choice | None]]:
+        """Return the spaces whose channels or ranks differ, with both choices (None: not there)."""
+        names = dict.fromkeys([*self.choices, *other.choices])
+        pairs = {name: (self.choices.get(name), other.choices.get(name)) for name in names}
+        return {name: pair for name, pair in pairs.items() if _sizes(pair[0]) != _sizes(pair[1])}
+
     def check(self, graph: SpaceGraph) -> None:
         """Raise a :class:`PlanError` if this plan does not fit the spaces of ``graph``."""
+        if differences := list(self._differences_from(graph)):
+            some = "\n".join(f"  {line}" for line in differences[:_NAMED])
+            more = f"\n  … and {len(differences) - _NAMED} more" if differences[_NAMED:] else ""
+            raise PlanError(
+                f"the plan was made for another model{f' ({self.model!r})' if self.model else ''} "
+                f"than this {graph.model!r}:\n{some}{more}\n"
+                "make a plan from analyze() of this model"
+            )
         for name, choice in self.choices.items():
             space = _find(graph, name)
-            if space.channels != choice.channels:
-                raise PlanError(
-                    f"the plan was made for another model: space {name!r} has {space.channels} "
-                    f"channels in this {graph.model!r}, {choice.channels} in the plan"
-                    f"{f' (for {self.model!r})' if self.model else ''}; make a plan from "
-                    "analyze() of this model"
-                )
             if choice.rank % space.blocks:
                 raise PlanError(
                     f"space {name!r} has {space.blocks} blocks of equal width, so its rank must be "
@@ -122,9 +153,21 @@ class Plan:
         if not self.choices:
             raise PlanError("the plan names no space; give at least one, or use ratio=")
 
+    def _differences_from(self, graph: SpaceGraph) -> Iterator[str]:
+        there = {space.name: space.channels for space in graph.spaces}
+        for name, choice in self.choices.items():
+            if name not in there:
+                yield f"there is no channel space {name!r}; {_hint(graph, name)}"
+            elif there[name] != choice.channels:
+                yield (f"space {name!r} has {there[name]} channels, {choice.channels} in the plan")
+
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain dictionaries, for JSON."""
-        spaces = {n: {"channels": c.channels, "rank": c.rank} for n, c in self.choices.items()}
+        spaces = {
+            name: {"channels": choice.channels, "rank": choice.rank}
+            | ({"reason": choice.reason} if choice.reason else {})
+            for name, choice in self.choices.items()
+        }
         return {"format": "torchcap-plan", "version": 1, "model": self.model, "spaces": spaces}
 
     @classmethod
@@ -141,7 +184,7 @@ class Plan:
             )
         try:
             choices = {
-                str(name): Choice(entry["channels"], entry["rank"])
+                str(name): Choice(entry["channels"], entry["rank"], str(entry.get("reason", "")))
                 for name, entry in data["spaces"].items()
             }
         except (KeyError, TypeError, AttributeError) as error:
@@ -180,7 +223,12 @@ class Plan:
         yield f"{'space':{width}}  channels  rank   kept"
         for name, choice in self.choices.items():
             share = choice.rank / choice.channels
-            yield f"{name:{width}}  {choice.channels:8d}  {choice.rank:4d}  {share:5.0%}"
+            row = f"{name:{width}}  {choice.channels:8d}  {choice.rank:4d}  {share:5.0%}"
+            yield f"{row}  {choice.reason}".rstrip()
+
+
+def _sizes(choice: Choice | None) -> tuple[int, int] | None:
+    return None if choice is None else (choice.channels, choice.rank)
 
 
 def _integer(value: Any) -> int | None:
@@ -195,16 +243,19 @@ def _find(graph: SpaceGraph, name: str) -> ChannelSpace:
     try:
         space = graph[name]
     except KeyError:
-        close = difflib.get_close_matches(str(name), [s.name for s in graph.free], n=3)
-        hint = (
-            f"did you mean {', '.join(map(repr, close))}?" if close else "see print(analyze(model))"
-        )
-        raise PlanError(f"{graph.model!r} has no channel space {name!r}; {hint}") from None
+        raise PlanError(
+            f"{graph.model!r} has no channel space {name!r}; {_hint(graph, name)}"
+        ) from None
     if not space.free:
         raise PlanError(
             f"space {name!r} of {graph.model!r} is fixed ({space.reason}); leave it out of the plan"
         )
     return space
+
+
+def _hint(graph: SpaceGraph, name: str) -> str:
+    close = difflib.get_close_matches(str(name), [s.name for s in graph.free], n=3)
+    return f"did you mean {', '.join(map(repr, close))}?" if close else "see print(analyze(model))"
 
 
 def _check_ratio(ratio: float, name: str) -> None:

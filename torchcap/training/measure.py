@@ -59,7 +59,7 @@ _ROUNDING: Final = 1e-10
 
 def sensitivity(  # noqa: PLR0913 - an argument for each thing that may be said
     model: nn.Module,
-    data: Batches,
+    data: Batches | Source,
     *,
     shares: Sequence[float] = SHARES,
     spaces: Sequence[str] | None = None,
