@@ -22,6 +22,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # the examples are scripts, not
 import torchcap
 from benchmarks.measure import keep_freed_memory, latencies
 from benchmarks.table import format_table
+from experiments.protocol import Bars
 
 
 def main() -> None:
@@ -34,11 +35,7 @@ def main() -> None:
         model = torchvision.models.get_model(name).eval()
         example = torch.randn(options.batch, 3, options.size, options.size)
         graph = torchcap.analyze(model, example)
-        bar = tqdm(desc=f"layers of {name}")
-        table = torchcap.measure_latency(
-            model, example, on_progress=lambda _, bar=bar: bar.update()
-        )
-        bar.close()
+        table = torchcap.measure_latency(model, example, on_progress=Bars())
         plans = plans_of(graph, options)
         smalls = {
             label: torchcap.compress(model, plan=plan, example_inputs=example)
@@ -48,10 +45,8 @@ def main() -> None:
         for label, plan in plans.items():
             predicted = torchcap.predict_latency(graph, plan, table)
             measured = timings[label].median
-            rows.append(
-                [name, label, f"{measured:.1f} ms", f"{predicted:.1f} ms"]
-                + [f"{predicted / measured - 1:+.1%}"]
-            )
+            times = [f"{milliseconds:.1f} ms" for milliseconds in (measured, predicted)]
+            rows.append([name, label, *times, f"{predicted / measured - 1:+.1%}"])
     print(format_table(["network", "channels kept", "measured", "predicted", "error"], rows))
 
 

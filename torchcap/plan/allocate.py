@@ -40,7 +40,7 @@ def allocate(  # noqa: PLR0913 - an argument for each thing that may be said
     activation_values: float | None = None,
     latency_ms: float | None = None,
     latency: LatencyTable | None = None,
-    loss: Loss = "output_errors",
+    loss: Loss = "errors",
     multiple_of: int = 1,
     minimum: float | Mapping[str, float] = 0.05,
     fixed: Sequence[str] = (),
@@ -62,8 +62,8 @@ def allocate(  # noqa: PLR0913 - an argument for each thing that may be said
         activation_values: the same for the number of values that layers write.
         latency_ms: milliseconds of one forward, by the table ``latency``.
         latency: measured times of the layers, from :func:`torchcap.measure_latency`.
-        loss: which row of the curves adds up: the errors of the output, those of the features
-            behind each space, or what the scores have lost.
+        loss: which row of the curves adds up: the errors of the features behind each space, those
+            of the output, or what the scores have lost. The first are the least noisy.
         multiple_of: ranks are multiples of this, as far as a space has the channels.
         minimum: least share of the channels that a space keeps; or a mapping by name.
         fixed: names of spaces that keep all channels.
