@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     "torchcap.errors",
     "torchcap.processes",
+    "torchcap.digest",
     "torchcap.batches",
     "torchcap.graph.sizes",
     "torchcap.graph.channels",

@@ -10,6 +10,10 @@ rewrites the model.
 
 from importlib.metadata import version as _version
 
+from torchcap.checkpoint.contents import Contents as Contents
+from torchcap.checkpoint.load import describe as describe
+from torchcap.checkpoint.load import load as load
+from torchcap.checkpoint.save import save as save
 from torchcap.errors import DataError as DataError
 from torchcap.errors import ExampleInputsError as ExampleInputsError
 from torchcap.errors import FileError as FileError
@@ -84,6 +88,7 @@ __all__ = [
     "Channels",
     "Choice",
     "ClosedForm",
+    "Contents",
     "Cost",
     "Curve",
     "DataError",
@@ -127,10 +132,12 @@ __all__ = [
     "compare",
     "compress",
     "cost",
+    "describe",
     "distillation_loss",
     "fine_tune",
     "layer_by_layer",
     "layer_costs",
+    "load",
     "materialize",
     "measure_latency",
     "mixture_loss",
@@ -140,6 +147,7 @@ __all__ = [
     "projection_parameters",
     "reconstruction_loss",
     "relax",
+    "save",
     "sensitivity",
     "solve",
     "train_projections",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from torchcap import processes
 from torchcap.batches import Batch, Batches, Source, as_source
+from torchcap.digest import digest
 from torchcap.errors import DataError, ModelError, NothingToCompressError, PlanError, RecipeError
 from torchcap.graph.analyze import Reader
 from torchcap.graph.inputs import ExampleInputs
@@ -35,7 +36,7 @@ from torchcap.training.recipe import ClosedForm, Projections, Recipe
 from torchcap.training.relax import train_kernels
 from torchcap.training.rounds import Round
 from torchcap.training.solve import select, solve_layers
-from torchcap.training.state import StateFile, fingerprint
+from torchcap.training.state import StateFile
 from torchcap.training.taps import TeacherPass, expansion
 from torchcap.transform.balance import balance_
 from torchcap.transform.fold import fold_
@@ -225,7 +226,7 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
         "plan": plan.to_dict(),
         "recipe": str(recipe),
         "seed": seed,
-        "model": fingerprint(model.state_dict()),
+        "model": digest(model.state_dict()),
         "processes": processes.count(),
     }
     file = StateFile(state, identity, save_every)

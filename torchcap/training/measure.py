@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from torchcap import processes
 from torchcap.batches import Batch, Batches, Source, as_source
+from torchcap.digest import digest
 from torchcap.errors import DataError, PlanError, StateError
 from torchcap.graph.analyze import Reader
 from torchcap.graph.inputs import ExampleInputs
@@ -32,6 +33,7 @@ from torchcap.graph.values import Rule
 from torchcap.plan.plan import Choice, Plan
 from torchcap.plan.sensitivity import Curve, Metric, Sensitivity
 from torchcap.projection.initialize import (
+    LargestNorm,
     Readout,
     drop_cheapest,
     eliminations_of,
@@ -39,7 +41,6 @@ from torchcap.projection.initialize import (
 )
 from torchcap.training.progress import OnProgress, Progress
 from torchcap.training.replay import tensors_in
-from torchcap.training.state import fingerprint
 from torchcap.training.taps import Probe, TeacherPass, expansion
 from torchcap.transform.balance import balance_
 from torchcap.transform.fold import fold_
@@ -108,8 +109,8 @@ def sensitivity(  # noqa: PLR0913 - an argument for each thing that may be said
     )
     ranks = _ranks(graph, shares, spaces)
     identity = {
-        "model": fingerprint(model.state_dict()),
-        "data": fingerprint({str(i): t for i, t in enumerate(first.tensors)}),
+        "model": digest(model.state_dict()),
+        "data": digest({str(i): t for i, t in enumerate(first.tensors)}),
         "ranks": {name: list(values) for name, values in ranks.items()},
         "images": images,
         "seed": seed,
@@ -217,6 +218,7 @@ class _Trial:
             output_norm += _square(output)
             for sums in every:
                 found, ours = _feature(sums.student, tap, batch)
+                _check_shapes(output, ours)
                 sums.output_error += _square(ours - output)
                 sums.error += _square((ours if tap is None else found) - expected)
                 sums.right += _right(ours, answers)
@@ -264,6 +266,9 @@ class _Trial:
 def _cuts(around: Surroundings, model: nn.Module, ranks: Sequence[int]) -> list[_Cut]:
     """Return the cuts of a space, the rank rising: channels go in the order of the selection."""
     space = around.context
+    if not space.readouts or any(readout.moment is None for readout in space.readouts):
+        by_weight = LargestNorm()  # nothing is known of its readers
+        return [_Cut(rank, by_weight(replace(space, rank=rank)), {}) for rank in ranks]
     eliminations = eliminations_of(space, RIDGE)
     block = torch.arange(space.blocks).repeat_interleave(space.block_channels)
     stays = torch.ones(space.channels, dtype=torch.bool)
@@ -366,6 +371,15 @@ def _class_scores(model: nn.Module, batch: Batch) -> Tensor:
             "scores"
         )
     return found
+
+
+def _check_shapes(expected: Tensor, found: Tensor) -> None:
+    if expected.shape != found.shape:
+        raise DataError(
+            f"the shape of the output hangs on the weights: {tuple(expected.shape)} of the model, "
+            f"{tuple(found.shape)} of a smaller one (a detector's boxes?); measure the part of it "
+            "that puts out scores of one shape, its backbone with a head"
+        )
 
 
 def _right(scores: Tensor, answers: Tensor) -> float:

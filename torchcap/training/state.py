@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from torchcap import processes
 from torchcap.errors import RecipeError, StateError
@@ -130,13 +128,3 @@ class StateFile:
                 f"the state cannot be written to {str(self.path)!r} ({error}); {kept}. Free some "
                 "space and call again with the same arguments to go on from there"
             ) from error
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Return a hash of tensors and their names."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -30,18 +30,18 @@ def fold_(model: nn.Module, folds: Sequence[Fold]) -> None:
     for fold in folds:
         layer = model.get_submodule(fold.layer)
         if isinstance(layer, STANDARDIZED):
-            layer = _plain_convolution(layer)
-            _replace(model, fold.layer, layer)
+            layer = plain_convolution(layer)
+            replace_(model, fold.layer, layer)
         if fold.norm is not None:
             norm = model.get_submodule(fold.norm)
             weight, bias = absorb(layer, norm)
             old: Any = layer.weight
             own: Any = layer.bias if isinstance(layer.bias, nn.Parameter) else old
             layer.weight, layer.bias = _like(old, weight), _like(own, bias)
-            rest = _remainder(norm)
+            rest = remainder(norm)
             for name in HOOKS:
                 getattr(rest, name).update(getattr(norm, name))
-            _replace(model, fold.norm, rest)
+            replace_(model, fold.norm, rest)
 
 
 def absorb(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def _like(old: nn.Parameter, value: Tensor) -> nn.Parameter:
     return nn.Parameter(new.copy_(value), requires_grad=old.requires_grad)
 
 
-def _remainder(norm: nn.Module) -> nn.Module:
+def remainder(norm: nn.Module) -> nn.Module:
     """Return what a norm does besides its affine map: timm's norms hold an activation."""
     parts = [getattr(norm, name, None) for name in ("drop", "act")]
     kept = [p for p in parts if isinstance(p, nn.Module) and not isinstance(p, nn.Identity)]
@@ -79,7 +79,8 @@ def _remainder(norm: nn.Module) -> nn.Module:
     return rest.train(norm.training)
 
 
-def _plain_convolution(layer: nn.Module) -> nn.Conv2d:
+def plain_convolution(layer: nn.Module) -> nn.Conv2d:
+    """Return a convolution that holds the standardised weight of another."""
     assert isinstance(layer, nn.Conv2d)  # noqa: S101 - the reading has checked it
     gain = None
     if isinstance(layer, ScaledStdConv2d | ScaledStdConv2dSame):
@@ -111,6 +112,7 @@ def _plain_convolution(layer: nn.Module) -> nn.Conv2d:
     return plain
 
 
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+def replace_(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a place of a model, in place."""
     parent, _, name = path.rpartition(".")
     model.get_submodule(parent)._modules[name] = module
