@@ -180,20 +180,23 @@ def test_public_names_are_sorted_and_complete() -> None:
     assert kinds == sorted(kinds)
 
 
-def test_code_of_the_readme_runs() -> None:
+def test_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # it saves a file
     text = (ROOT / "README.md").read_text("utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict[str, object] = {}
     sizes = []
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
-        sizes += [
-            sum(parameter.numel() for parameter in names[model].parameters())
-            for model in ("model", "small")
-        ]
-    assert len(blocks) == 3
-    before, after, *again = sizes[:4]
-    assert after < before
-    assert again == [before, after]
+        sizes.append([size_of(names[model]) for model in ("model", "small")])
+    assert len(blocks) == 7
+    assert all(model == sizes[0][0] for model, _ in sizes)
+    assert all(small < model for model, small in sizes[:-1])
+    assert sizes[1] == sizes[0]
+    assert sizes[5] == sizes[4] == sizes[3]
     assert [space.name for space in names["graph"].free] == ["0"]
     assert names["small"][0].out_channels == 4
+
+
+def size_of(model: object) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

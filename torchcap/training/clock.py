@@ -42,6 +42,9 @@ COLD_BYTES: Final = 2**26
 """Weights of a layer are taken in turns until they are as large as this: more than caches hold."""
 
 
+MOST_TURNS: Final = 64
+"""Weights of a small layer that are taken in turns; in a network they would stay in the cache."""
+
 ROUNDS: Final = 30
 """How often the whole networks run in turns."""
 
@@ -103,6 +106,8 @@ def measure_latency(
     fold_(folded, graph.folds)
     calls = _calls(folded, graph, inputs)
     sizes = Sizes(graph)
+    like = next(folded.parameters())
+    memory = torch.full((COLD_BYTES // like.element_size(),), 0.01).to(like)
     known: dict[Any, LayerTimes] = {}
     layers: dict[str, LayerTimes] = {}
     for number, (name, found) in enumerate(calls.items(), start=1):
@@ -110,7 +115,7 @@ def measure_latency(
         grid = _grid(sizes, name, layer, widths)
         key = (str(layer), tuple(found), *grid)  # layers of one shape are timed once
         if key not in known:
-            known[key] = _layer_times(layer, found, *grid, seconds=seconds)
+            known[key] = _layer_times(layer, found, *grid, memory=memory, seconds=seconds)
         layers[name] = known[key]
         if on_progress is not None:
             slowest = known[key].milliseconds[-1][-1]
@@ -174,11 +179,12 @@ def _layer_times(
     outputs: tuple[int, ...],
     inputs: tuple[int, ...],
     *,
+    memory: Tensor,
     seconds: float,
 ) -> LayerTimes:
     rows = tuple(
         tuple(
-            sum(_milliseconds(layer, call, rows, columns, seconds) for call in calls)
+            sum(_milliseconds(layer, call, rows, columns, memory, seconds) for call in calls)
             for columns in inputs
         )
         for rows in outputs
@@ -188,24 +194,36 @@ def _layer_times(
 
 @torch.inference_mode()
 def _milliseconds(
-    layer: nn.Module, call: _Call, outputs: int, inputs: int, seconds: float
+    layer: nn.Module, call: _Call, outputs: int, inputs: int, memory: Tensor, seconds: float
 ) -> float:
     """Time one call of a layer of other widths."""
     weight = layer.weight
     assert isinstance(weight, Tensor)  # noqa: S101 - of a convolution or linear layer
-    resized = weight.new_empty(outputs, inputs, *weight.shape[2:])
-    if weight.dim() == 4 and not weight.is_contiguous():
-        resized = resized.to(memory_format=torch.channels_last)
-    count = max(1, min(64, COLD_BYTES // max(1, resized.nbytes)))
-    turns = [_resized(layer, torch.randn_like(resized)) for _ in range(count)]
+    shape = [outputs, inputs, *weight.shape[2:]]
+    turns = [_resized(layer, resized) for resized in _weights(shape, weight, memory)]
     shape = list(call.shape)
     shape[-1 if isinstance(layer, nn.Linear) else 1] = inputs * getattr(turns[0], "groups", 1)
     x = torch.randn(shape, dtype=call.dtype, device=weight.device)
-    if weight.dim() == 4 and not weight.is_contiguous():
-        x = x.to(memory_format=torch.channels_last)
+    x = x.to(memory_format=_order(weight)) if x.dim() == 4 else x
     known = {"turns": cycle(turns), "x": x}
     timer = Timer("next(turns)(x)", globals=known, num_threads=torch.get_num_threads())
     return 1e3 * timer.blocked_autorange(min_run_time=seconds).median
+
+
+def _weights(shape: Sequence[int], like: Tensor, memory: Tensor) -> list[Tensor]:
+    """Return as many weights of a shape as caches do not hold; they share one memory."""
+    entries = math.prod(shape)
+    count = max(1, min(MOST_TURNS, memory.nbytes // (entries * like.element_size())))
+    if memory.dtype != like.dtype or count * entries > memory.numel():
+        memory = torch.full((count * entries,), 0.01, dtype=like.dtype, device=like.device)
+    weights = list(memory[: count * entries].view(count, *shape))
+    return [weight.to(memory_format=_order(like)) for weight in weights]
+
+
+def _order(weight: Tensor) -> torch.memory_format:
+    """Return the order that a weight is stored in: channels last, or as its dimensions are."""
+    last = weight.dim() == 4 and not weight.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def _resized(layer: nn.Module, weight: Tensor) -> nn.Module:
