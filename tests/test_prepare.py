@@ -658,6 +658,19 @@ BAD: dict[str, Bad] = {
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script.*:DeprecationWarning")
+def test_masks_and_bounds_may_be_infinite() -> None:
+    class Bounded(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+            self.register_buffer("bound", torch.tensor(math.inf))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.minimum(super().forward(x), self.bound)
+
+    student = torchcap.prepare(Bounded().double(), example_inputs=images())
+    assert torchcap.materialize(student)[0].out_channels == 2
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_refused_and_changes_nothing(case: str) -> None:
     bad = BAD[case]

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from torchcap import processes
 from torchcap.batches import Batch, Batches, Source, as_source
@@ -459,5 +460,15 @@ def _check_model(model: nn.Module) -> None:
     for label, tensor in [*parameters.items(), *model.named_buffers()]:
         if tensor.is_meta:
             raise ModelError(f"{label!r} is on the meta device; load the model's weights first")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not _is_sound(model, label, tensor):
             raise ModelError(f"{label!r} holds NaN or infinite values; load sound weights first")
+
+
+def _is_sound(model: nn.Module, label: str, tensor: Tensor) -> bool:
+    """Whether a tensor is finite; a buffer that is no statistic may be a mask or a bound."""
+    if not tensor.is_floating_point():
+        return True
+    owner = model.get_submodule(label.rpartition(".")[0])
+    if isinstance(tensor, nn.Parameter) or isinstance(owner, _NormBase):
+        return bool(tensor.isfinite().all())
+    return not bool(tensor.isnan().any())
