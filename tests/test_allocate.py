@@ -189,14 +189,14 @@ def test_budget_holds_and_uniform_ranks_lose_no_less(net: str) -> None:
     for name, figure in [
         ("macs", spent.macs),
         ("params", spent.parameters),
-        ("activation_values", spent.activations),
+        ("activations", spent.activations),
     ]:
         plan = allocate(graph, curves, **{name: figure}, minimum=1e-9)
         found = cost(graph, plan)
         reached = {
             "macs": found.macs,
             "params": found.parameters,
-            "activation_values": found.activations,
+            "activations": found.activations,
         }
         assert reached[name] <= figure
         floor = {s.name: max(1, s.channels // s.blocks // 2) * s.blocks for s in graph.free}

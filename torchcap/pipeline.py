@@ -126,6 +126,7 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
     plan: Plan | None = None,
     macs: float | None = None,
     params: float | None = None,
+    activations: float | None = None,
     latency_ms: float | None = None,
     curves: Sensitivity | None = None,
     latency: LatencyTable | None = None,
@@ -162,6 +163,7 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
             and 1, or a number above 1. Ranks then are those that lose least, see
             :func:`torchcap.allocate`.
         params: budget of parameters, likewise.
+        activations: budget of the values that layers write, likewise.
         latency_ms: budget in milliseconds of one forward on ``example_inputs``, on the device of
             the model.
         curves: for a budget: what :func:`torchcap.sensitivity` has measured; by default it is
@@ -212,7 +214,7 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
         )
     reader = Reader(leaves, rules, streams)
     graph = reader(model, example_inputs)
-    if any(budget is not None for budget in (macs, params, latency_ms)):
+    if any(budget is not None for budget in (macs, params, activations, latency_ms)):
         if plan is not None or isinstance(ratio, Mapping):
             raise PlanError("give a budget, a plan or ratios by name: only one of them")
         kept = _Measurements(model, source, example_inputs, seed, state, on_progress, reader)
@@ -220,7 +222,13 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
             latency = kept.latency()
         curves = kept.curves() if curves is None else curves
         plan = allocate(
-            graph, curves, macs=macs, params=params, latency_ms=latency_ms, latency=latency
+            graph,
+            curves,
+            macs=macs,
+            params=params,
+            activations=activations,
+            latency_ms=latency_ms,
+            latency=latency,
         )
     plan = _resolved(graph, ratio, plan)
     identity = {

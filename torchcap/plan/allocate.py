@@ -11,18 +11,11 @@ import numpy as np
 
 from torchcap.errors import NothingToCompressError, PlanError
 from torchcap.graph.spaces import ChannelSpace, SpaceGraph
+from torchcap.plan import price as prices
 from torchcap.plan.latency import LatencyPrice, LatencyTable
 from torchcap.plan.minimize import minimize
 from torchcap.plan.plan import Plan
-from torchcap.plan.price import (
-    Price,
-    Table,
-    Vector,
-    activations,
-    as_vector,
-    multiply_adds,
-    parameters,
-)
+from torchcap.plan.price import Price, Table, Vector, as_vector
 from torchcap.plan.sensitivity import Curve, Sensitivity
 
 CANDIDATES: Final = 64
@@ -37,7 +30,7 @@ def allocate(  # noqa: PLR0913 - an argument for each thing that may be said
     *,
     macs: float | None = None,
     params: float | None = None,
-    activation_values: float | None = None,
+    activations: float | None = None,
     latency_ms: float | None = None,
     latency: LatencyTable | None = None,
     loss: Loss = "errors",
@@ -59,7 +52,7 @@ def allocate(  # noqa: PLR0913 - an argument for each thing that may be said
             without a curve keep their channels.
         macs: multiply-adds: as a share of the model's, within 0 and 1, or as a number above 1.
         params: the same for the number of parameters.
-        activation_values: the same for the number of values that layers write.
+        activations: the same for the number of values that layers write.
         latency_ms: milliseconds of one forward, by the table ``latency``.
         latency: measured times of the layers, from :func:`torchcap.measure_latency`.
         loss: which row of the curves adds up: the errors of the features behind each space, those
@@ -78,7 +71,7 @@ def allocate(  # noqa: PLR0913 - an argument for each thing that may be said
         Everett, "Generalized Lagrange multiplier method", Operations Research 1963.
     """
     curves = _curves(graph, sensitivity)
-    price, budget = _budget(graph, latency, macs, params, activation_values, latency_ms)
+    price, budget = _budget(graph, latency, macs, params, activations, latency_ms)
     least = minimum if isinstance(minimum, Mapping) else dict.fromkeys(curves, minimum)
     _check_names(graph, {*least, *fixed})
     ladders = []
@@ -237,20 +230,20 @@ def _budget(
     latency: LatencyTable | None,
     macs: float | None,
     params: float | None,
-    activation_values: float | None,
+    activations: float | None,
     latency_ms: float | None,
 ) -> tuple[Price, float]:
     """Return what is to be paid for, and how much of it there may be."""
     given = {
-        "macs": (macs, multiply_adds),
-        "params": (params, parameters),
-        "activation_values": (activation_values, activations),
+        "macs": (macs, prices.multiply_adds),
+        "params": (params, prices.parameters),
+        "activations": (activations, prices.activations),
     }
     named = [name for name, (value, _) in given.items() if value is not None]
     named += ["latency_ms"] if latency_ms is not None else []
     if len(named) != 1:
         raise PlanError(
-            "give exactly one budget: macs=, params=, activation_values= or latency_ms=; got "
+            "give exactly one budget: macs=, params=, activations= or latency_ms=; got "
             f"{', '.join(named) or 'none'}"
         )
     if latency_ms is not None:
