@@ -47,6 +47,9 @@ from torchcap.plan.plan import Choice as Choice
 from torchcap.plan.plan import Plan as Plan
 from torchcap.plan.sensitivity import Curve as Curve
 from torchcap.plan.sensitivity import Sensitivity as Sensitivity
+from torchcap.plot import plot_plan as plot_plan
+from torchcap.plot import plot_sensitivity as plot_sensitivity
+from torchcap.plot import plot_tradeoff as plot_tradeoff
 from torchcap.projection.initialize import GreedySelection as GreedySelection
 from torchcap.projection.initialize import LargestNorm as LargestNorm
 from torchcap.projection.initialize import PrincipalComponents as PrincipalComponents
@@ -142,6 +145,9 @@ __all__ = [
     "measure_latency",
     "mixture_loss",
     "odd_then_even",
+    "plot_plan",
+    "plot_sensitivity",
+    "plot_tradeoff",
     "predict_latency",
     "prepare",
     "projection_parameters",
