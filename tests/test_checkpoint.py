@@ -32,10 +32,10 @@ from torchvision.models.densenet import DenseNet
 
 import torchcap
 from torchcap import FileError, Plan
-from torchcap.checkpoint.file import digest
 from torchcap.checkpoint.load import describe, load
 from torchcap.checkpoint.save import save
 from torchcap.checkpoint.structure import structure_of, tensors_of
+from torchcap.digest import digest
 
 
 def small_of(net: str) -> nn.Module:
@@ -287,6 +287,13 @@ def test_fresh_model_may_be_on_the_meta_device(tmp_path: Path) -> None:
         fresh = Residual()
     assert_same(load(tmp_path / "small", fresh), small, images())
     assert all(tensor.is_meta for tensor in fresh.state_dict().values())
+
+
+def test_file_of_the_same_model_is_the_same(tmp_path: Path) -> None:
+    files = [tmp_path / f"{number}.safetensors" for number in range(4)]
+    for file in files:
+        save(small_of(next(iter(NETS))), file, notes={"accuracy": 0.5})
+    assert len({file.read_bytes() for file in files}) == 1
 
 
 def test_memory_format_is_kept(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from nets import conv
 from proofs import (
     counted_cost,
@@ -17,7 +18,7 @@ from proofs import (
     randomize_,
 )
 from small_nets import fingerprint
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from torchcap import ClosedForm, Recipe, TraceError, analyze, compress, cost
 from torchcap.graph.analyze import leaf_rule
@@ -196,3 +197,33 @@ def test_streams_are_spaces_if_asked_for() -> None:
     assert permutation_error(model, graph.free, (IMAGE.double(),)) < 1e-10
     small = compress(model, example_inputs=IMAGE.double(), streams=True)
     assert [layer.out_channels for layer in (small.stem, small.inner, small.outer)] == [4, 3, 4]
+
+
+def cut_to(sizes: list[int], limits: list[int]) -> list[int]:
+    """Write into the list that is given, as torchvision's video transformers do."""
+    for place, limit in enumerate(limits):
+        sizes[place] = min(sizes[place], limit)
+    return sizes
+
+
+fx.wrap("cut_to")
+
+
+class Windowed(nn.Module):
+    """Asks a function of its own, which is not traced, how far to pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.window = [2, 64]
+        self.conv, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        window = cut_to(self.window.copy(), [x.shape[2], x.shape[3]])
+        return self.head(F.avg_pool2d(self.conv(x).relu(), window[0]))
+
+
+def test_functions_may_write_into_the_lists_that_they_get() -> None:
+    model = Windowed().eval()
+    assert [space.name for space in analyze(model, torch.zeros(1, 3, 8, 8)).free] == ["conv"]
+    small = compress(model, [torch.randn(4, 3, 8, 8)], recipe=Recipe.seconds())
+    assert small.conv.out_channels == 2

@@ -278,12 +278,15 @@ class _Measurements:
     def latency(self) -> LatencyTable:
         """Measure what the layers take; another time it would be something else."""
         path = None if self.state is None else Path(f"{self.state}.latency")
-        if path is not None and path.exists():
-            return LatencyTable.from_json(path.read_text("utf-8"))
-        table = measure_latency(self.model, self.example_inputs, **self._reading())
-        if path is not None and processes.rank() == 0:
-            path.write_text(table.to_json(), "utf-8")
-        return table
+        text = ""
+        if processes.rank() == 0 and path is not None and path.exists():
+            text = path.read_text("utf-8")
+        elif processes.rank() == 0:
+            reading = self._reading()
+            text = measure_latency(self.model, self.example_inputs, **reading).to_json()
+            if path is not None:
+                path.write_text(text, "utf-8")
+        return LatencyTable.from_json(processes.shared_text(text))
 
     def _reading(self) -> dict[str, Any]:
         reader = self.reader

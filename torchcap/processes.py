@@ -49,6 +49,14 @@ def shared(tensor: Tensor) -> Tensor:
     return moved.to(tensor.device)
 
 
+def shared_text(text: str) -> str:
+    """Return the first process's text."""
+    texts = [text]
+    if count() > 1:
+        dist.broadcast_object_list(texts, src=0)
+    return texts[0]
+
+
 def _reachable(tensor: Tensor) -> Tensor:
     """Return the tensor where the backend can read it: NCCL moves device memory only."""
     if dist.get_backend() == "nccl" and not tensor.is_cuda:

@@ -42,7 +42,7 @@ def write(path: Path, contents: Contents, tensors: Mapping[str, Tensor]) -> None
     metadata["sha256"] = digest(tensors, metadata)
     beside = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
-        data = safetensors.torch.save(dict(tensors), metadata)
+        data = _ordered(safetensors.torch.save(dict(tensors), metadata))
         with beside.open("wb") as file:
             file.write(data)
             file.flush()
@@ -92,6 +92,16 @@ def read(path: Path) -> tuple[Contents, dict[str, Tensor]]:
         raise FileError(
             f"{str(path)!r} holds no description that torchcap knows ({error}); save the model anew"
         ) from error
+
+
+def _ordered(data: bytes) -> bytes:
+    """Return a file with its metadata sorted: safetensors draws their order anew each time."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def _check_format(path: Path, metadata: Mapping[str, str]) -> None:

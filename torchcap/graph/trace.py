@@ -448,7 +448,7 @@ def _propagate_shapes(reading: Traced, model: nn.Module, inputs: Inputs) -> None
         set_mode(graph_module, training=False)
         with torch.no_grad(), _hooks_watched(reading), _noted(reading):
             try:
-                FakeTensorProp(graph_module, fake).propagate(*values)
+                _FakePropagation(graph_module, fake).propagate(*values)
             except _LOOKS_AT_VALUES:  # then it is run on real ones
                 reading.ran.clear()
                 _RealPropagation(graph_module).run(*values)
@@ -513,7 +513,31 @@ def _watched_hook(
     return result
 
 
-class _RealPropagation(fx.Interpreter):
+class GraphRunner(fx.Interpreter):
+    """Runs a graph node by node; functions get lists of their own, and may write into them."""
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of a node's call."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return _thawed(args), _thawed(kwargs)
+
+
+def _thawed(value: Any) -> Any:
+    """Return nested lists, tuples and dictionaries with plain lists in place of frozen ones."""
+    if isinstance(value, list):
+        return [_thawed(item) for item in value]
+    if type(value) is tuple:
+        return tuple(_thawed(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _thawed(item) for key, item in value.items()}
+    return value
+
+
+class _FakePropagation(GraphRunner, FakeTensorProp):
+    """Runs a graph on fake tensors, and keeps their shapes."""
+
+
+class _RealPropagation(GraphRunner):
     """Runs a graph on real tensors, and keeps their shapes."""
 
     def run_node(self, n: fx.Node) -> Any:

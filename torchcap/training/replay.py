@@ -23,7 +23,7 @@ from torchcap.graph.analyze import Reader
 from torchcap.graph.inputs import Inputs, placeholder_values
 from torchcap.graph.operators import unchanged
 from torchcap.graph.rules import RULES, Target, find_rule
-from torchcap.graph.trace import Traced
+from torchcap.graph.trace import GraphRunner, Traced
 from torchcap.graph.values import Rule
 
 Values = dict[fx.Node, Any]
@@ -37,12 +37,12 @@ class _Walker:
     model: nn.Module
     module: fx.GraphModule
     order: list[int] = field(default_factory=list)
-    interpreter: fx.Interpreter = field(init=False)
+    interpreter: GraphRunner = field(init=False)
     nodes: list[fx.Node] = field(init=False)
 
     def __post_init__(self) -> None:
         self.nodes = list(self.module.graph.nodes)
-        self.interpreter = fx.Interpreter(self.module, garbage_collect_values=False)
+        self.interpreter = GraphRunner(self.module, garbage_collect_values=False)
 
     def run(self, values: Values, start: int, batch: Batch) -> None:
         """Run the nodes of the order from one of its places on."""
