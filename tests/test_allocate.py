@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -249,6 +250,9 @@ BAD = {
     "a truth value": ({"macs": True}, "positive budget; got True"),
     "milliseconds without a table": ({"latency_ms": 5.0}, "needs latency="),
     "unknown fixed space": ({"macs": 0.5, "fixed": ["nowhere"]}, "no free space 'nowhere'"),
+    "unknown loss": ({"macs": 0.5, "loss": "error"}, "loss is one of output_errors, errors"),
+    "multiple of nothing": ({"macs": 0.5, "multiple_of": 0}, "multiple_of is a whole number"),
+    "more than all": ({"macs": 0.5, "minimum": 1.5}, "0 < minimum <= 1; got 1.5"),
 }
 
 
@@ -263,6 +267,19 @@ def test_bad_budget_is_refused(case: str) -> None:
 def test_curves_of_another_model_are_refused() -> None:
     with pytest.raises(PlanError, match=r"measured on another model.*'ConvChain'"):
         allocate(read("Signal"), curves_of(read("ConvChain")), macs=0.5)
+
+
+def test_curves_of_a_deeper_model_are_refused() -> None:
+    graph = read("ConvChain")
+    curves = replace(curves_of(graph), parameters=cost(graph).parameters + 1)
+    with pytest.raises(PlanError, match=r"another model.*parameters, norms folded"):
+        allocate(graph, curves, macs=0.5)
+
+
+def test_budgets_may_be_numbers_of_numpy() -> None:
+    graph = read("ConvChain")
+    found = allocate(graph, curves_of(graph), macs=np.float32(0.5), minimum=1e-9)
+    assert found == allocate(graph, curves_of(graph), macs=0.5, minimum=1e-9)
 
 
 def test_curves_of_nothing_are_refused() -> None:
@@ -338,6 +355,22 @@ def test_table_goes_through_json() -> None:
 def test_what_is_no_table_is_refused(text: str) -> None:
     with pytest.raises(PlanError, match="not a latency table"):
         LatencyTable.from_json(text)
+
+
+def test_table_of_other_widths_or_spaces_is_refused() -> None:
+    graph, table = read("Bottleneck"), table_of(read("Bottleneck"))
+    name, times = next(iter(table.layers.items()))
+    for other in (
+        LayerTimes(
+            (*times.outputs, times.outputs[-1] + 1),
+            times.inputs,
+            (*times.milliseconds, (9.0,) * len(times.inputs)),
+        ),
+        LayerTimes(times.outputs[-1:], times.inputs, times.milliseconds[-1:]),
+    ):
+        layers = {**table.layers, name: other}
+        with pytest.raises(PlanError, match="measured on another model, or with other spaces"):
+            LatencyPrice(graph, replace(table, layers=layers))
 
 
 def test_table_of_another_model_is_refused() -> None:

@@ -289,6 +289,28 @@ def test_fresh_model_may_be_on_the_meta_device(tmp_path: Path) -> None:
     assert all(tensor.is_meta for tensor in fresh.state_dict().values())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"image_mean": [0.0, 0.0, 0.0], "image_std": [1.0, 1.0, 1.0]},
+        {"rpn_post_nms_top_n_test": 5},
+        {"bbox_reg_weights": (1.0, 1.0, 1.0, 1.0)},
+    ],
+)
+def test_detector_of_other_options_asks_for_a_fresh_one(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    build = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn
+    model = build(weights=None, weights_backbone=None, **options).eval()
+    path = tmp_path / "detector.safetensors"
+    save(model, path)
+    with pytest.raises(FileError, match="does not say how"):
+        load(path)
+    with pytest.raises(FileError, match="holds another model"):
+        load(path, build(weights=None, weights_backbone=None))
+    assert type(load(path, model)) is type(model)
+
+
 def test_file_of_the_same_model_is_the_same(tmp_path: Path) -> None:
     files = [tmp_path / f"{number}.safetensors" for number in range(4)]
     for file in files:

@@ -285,6 +285,59 @@ def test_budget_and_plan_are_too_much() -> None:
         compress(model, batches(), macs=0.5, plan=plan)
 
 
+@pytest.mark.parametrize("more", [{"ratio": 0.5}, {"macs": 0.5, "ratio": 0.25}])
+def test_plan_or_budget_and_a_ratio_are_too_much(more: dict) -> None:
+    model = built(Residual)
+    plan = Plan.uniform(analyze(model, images(1)), 0.5)
+    how = more if "macs" in more else {**more, "plan": plan}
+    with pytest.raises(PlanError, match="only one of them"):
+        compress(model, batches(), **how)
+
+
+def test_curves_without_a_budget_are_refused() -> None:
+    model = built(Residual)
+    curves = sensitivity(model, batches(), shares=(0.5,))
+    with pytest.raises(PlanError, match="are for a budget"):
+        compress(model, batches(), curves=curves)
+
+
+def test_times_of_other_inputs_are_not_gone_on_with(tmp_path: Path) -> None:
+    model, state = built(Residual), tmp_path / "run"
+    curves = sensitivity(model, batches(), shares=SHARES)
+    how = {"latency_ms": 1e3, "curves": curves, "recipe": Recipe.minutes(2), "state": state}
+    with pytest.raises(Interrupted):
+        compress(model, batches(), **how, on_progress=stop_after(1))
+    assert (tmp_path / "run.latency").exists()
+    with pytest.raises(StateError, match="of other inputs"):
+        compress(model, batches(size=3), **how)
+
+
+def test_files_of_others_beside_the_state_stay(tmp_path: Path) -> None:
+    kept = tmp_path / "run.curves"
+    kept.write_text("mine")
+    compress(built(Residual), batches(), state=tmp_path / "run", recipe=Recipe.seconds())
+    assert kept.read_text() == "mine"
+
+
+def test_network_that_puts_out_nothing_is_measured() -> None:
+    model = built(TwoLayers)
+    torch.nn.init.zeros_(model.head.weight), torch.nn.init.zeros_(model.head.bias)
+    curve = sensitivity(model, [images(4)], shares=(0.5,))["conv"]
+    assert curve.output_errors == (0.0,)
+
+
+def test_layers_may_get_their_input_by_name() -> None:
+    class Named(TwoLayers):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(input=self.conv(input=x).relu()).mean((2, 3))
+
+    model = built(Named)
+    found, usual = (sensitivity(built(n), batches(), shares=(0.5,)) for n in (Named, TwoLayers))
+    assert found["conv"].output_errors == usual["conv"].output_errors
+    assert found["conv"].scores == usual["conv"].scores
+    assert set(measure_latency(model, images(1), seconds=1e-4).layers) == {"conv", "head"}
+
+
 def test_budget_without_data_is_refused() -> None:
     with pytest.raises(DataError, match=r"measured on images: give data="):
         compress(built(Residual), macs=0.5, example_inputs=images(1))
@@ -321,6 +374,9 @@ def test_depthwise_grouped_and_linear_layers_are_timed() -> None:
         nn.Linear(6, 2),
     ).eval()
     table = measure_latency(model, torch.randn(2, 3, 8, 8), seconds=1e-4)
+    wider = nn.Sequential(nn.Conv2d(3, 10, 1), nn.Conv2d(10, 20, 3, groups=10), nn.Conv2d(20, 2, 1))
+    many = measure_latency(wider, torch.randn(2, 3, 8, 8), seconds=1e-4)
+    assert all(outputs % 2 == 0 for outputs in many.layers["1"].outputs)
     assert table.layers["1"].inputs == (1,)
     assert all(o % 4 == 0 for o in table.layers["2"].outputs)
     assert table.layers["8"].outputs == (2,)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -16,9 +17,16 @@ from torch.nn.modules.batchnorm import _NormBase
 from torchcap import processes
 from torchcap.batches import Batch, Batches, Source, as_source
 from torchcap.digest import digest
-from torchcap.errors import DataError, ModelError, NothingToCompressError, PlanError, RecipeError
+from torchcap.errors import (
+    DataError,
+    ModelError,
+    NothingToCompressError,
+    PlanError,
+    RecipeError,
+    StateError,
+)
 from torchcap.graph.analyze import Reader
-from torchcap.graph.inputs import ExampleInputs
+from torchcap.graph.inputs import ExampleInputs, as_inputs
 from torchcap.graph.rules import Target
 from torchcap.graph.spaces import SpaceGraph
 from torchcap.graph.trace import shadow
@@ -52,7 +60,7 @@ M = TypeVar("M", bound=nn.Module)
 def prepare(  # noqa: PLR0913 - an argument for each thing that may be said
     model: M,
     *,
-    ratio: float | Mapping[str, float] = 0.5,
+    ratio: float | Mapping[str, float] | None = None,
     plan: Plan | None = None,
     example_inputs: ExampleInputs | None = None,
     data: Batches | None = None,
@@ -71,8 +79,8 @@ def prepare(  # noqa: PLR0913 - an argument for each thing that may be said
 
     Args:
         model: a trained model.
-        ratio: share of channels *kept* in each free space, ``0 < ratio <= 1``; or a mapping of
-            space name to share, where spaces that are not named stay as they are.
+        ratio: share of channels *kept* in each free space, ``0 < ratio <= 1``, by default a half;
+            or a mapping of space name to share, where spaces that are not named stay as they are.
         plan: ranks by space, instead of ``ratio``.
         example_inputs: a tensor, a tuple of positional arguments or a mapping of keyword arguments
             for ``forward``; may be left out for timm and torchvision models.
@@ -122,7 +130,7 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
     model: M,
     data: Batches | None = None,
     *,
-    ratio: float | Mapping[str, float] = 0.5,
+    ratio: float | Mapping[str, float] | None = None,
     plan: Plan | None = None,
     macs: float | None = None,
     params: float | None = None,
@@ -156,8 +164,8 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
             the labels under ``labels``. It is passed over many times: a list, a ``DataLoader``, or
             anything whose ``__iter__`` starts again. Without data, channels are kept by the size
             of their weights, and nothing is learnt.
-        ratio: share of channels *kept* in each free space, ``0 < ratio <= 1``; or a mapping of
-            space name to share.
+        ratio: share of channels *kept* in each free space, ``0 < ratio <= 1``, by default a half;
+            or a mapping of space name to share.
         plan: ranks by space, instead of ``ratio``.
         macs: budget of multiply-adds, instead of ``ratio``: as a share of the model's, within 0
             and 1, or a number above 1. Ranks then are those that lose least, see
@@ -189,7 +197,7 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
         ModelError, NothingToCompressError, TraceError, ExampleInputsError: as for
             :func:`prepare`.
         PlanError: for a ratio, rank or space that the model cannot take; for a budget that cannot
-            be reached, or more than one of a ratio by name, a plan and the budgets.
+            be reached, or more than one of a ratio, a plan and the budgets.
         DataError: if the data cannot be used: empty, not finite, of a wrong shape or dtype, can be
             passed over only once, labels missing or out of range.
         RecipeError: if a recipe needs data, and there is none.
@@ -214,10 +222,11 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
         )
     reader = Reader(leaves, rules, streams)
     graph = reader(model, example_inputs)
+    kept = _Measurements(model, source, example_inputs, seed, state, on_progress, reader)
     if any(budget is not None for budget in (macs, params, activations, latency_ms)):
-        if plan is not None or isinstance(ratio, Mapping):
-            raise PlanError("give a budget, a plan or ratios by name: only one of them")
-        kept = _Measurements(model, source, example_inputs, seed, state, on_progress, reader)
+        if plan is not None or ratio is not None:
+            raise PlanError("give a budget, a plan or a ratio: only one of them")
+        kept.check_folder()
         if latency_ms is not None and latency is None:
             latency = kept.latency()
         curves = kept.curves() if curves is None else curves
@@ -230,23 +239,37 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
             latency_ms=latency_ms,
             latency=latency,
         )
+    elif curves is not None or latency is not None:
+        raise PlanError(
+            "curves= and latency= are for a budget: give macs=, params=, activations= or "
+            "latency_ms= too"
+        )
     plan = _resolved(graph, ratio, plan)
     identity = {
         "plan": plan.to_dict(),
         "recipe": str(recipe),
         "seed": seed,
-        "model": digest(model.state_dict()),
+        "model": digest(model.state_dict(), repr(model)),
+        "data": None if source is None else _data_in_words(source),
         "processes": processes.count(),
     }
     file = StateFile(state, identity, save_every)
     run = _Run(model, graph, plan, recipe, source, file, reader, on_progress)
     small = run.result()
     file.remove()
-    _Measurements.remove(state)
+    kept.remove()
     return small
 
 
-@dataclass(frozen=True, slots=True)
+def _data_in_words(source: Source) -> list[str]:
+    """Return what two passes over the same data have in common, whatever is drawn."""
+    first = source.first()
+    shapes = [f"{tuple(t.shape)} {t.dtype}" for t in first.tensors]
+    labels = "no labels" if first.labels is None else f"labels {tuple(first.labels.shape)}"
+    return [f"{len(source)} batches", *shapes, labels]
+
+
+@dataclass(slots=True)
 class _Measurements:
     """What a budget is shared out by; kept beside the state of a run, so that it can go on."""
 
@@ -257,6 +280,13 @@ class _Measurements:
     state: Path | str | None
     on_progress: OnProgress | None
     reader: Reader
+    made: list[Path] = field(default_factory=list)
+
+    def check_folder(self) -> None:
+        """Check that there is a place for files, before any work is done."""
+        if self.state is not None and not Path(self.state).parent.is_dir():
+            folder = str(Path(self.state).parent)
+            raise StateError(f"there is no folder {folder!r} for the state; make it")
 
     def curves(self) -> Sensitivity:
         """Measure what the spaces lose."""
@@ -270,34 +300,59 @@ class _Measurements:
             self.source,
             example_inputs=self.example_inputs,
             seed=self.seed,
-            cache=None if self.state is None else f"{self.state}.curves",
+            cache=self._path("curves"),
             on_progress=self.on_progress,
             **self._reading(),
         )
 
     def latency(self) -> LatencyTable:
         """Measure what the layers take; another time it would be something else."""
-        path = None if self.state is None else Path(f"{self.state}.latency")
-        text = ""
+        path, text = self._path("latency"), ""
         if processes.rank() == 0 and path is not None and path.exists():
-            text = path.read_text("utf-8")
+            text = self._read(path)
         elif processes.rank() == 0:
             reading = self._reading()
             text = measure_latency(self.model, self.example_inputs, **reading).to_json()
             if path is not None:
-                path.write_text(text, "utf-8")
+                path.write_text(json.dumps({"of": self._clocked(), "table": text}), "utf-8")
         return LatencyTable.from_json(processes.shared_text(text))
+
+    def remove(self) -> None:
+        """Remove what was kept: the run is done."""
+        for path in self.made if processes.rank() == 0 else ():
+            path.unlink(missing_ok=True)
+
+    def _path(self, kind: str) -> Path | None:
+        if self.state is None:
+            return None
+        self.made.append(Path(f"{self.state}.{kind}"))
+        return self.made[-1]
+
+    def _read(self, path: Path) -> str:
+        try:
+            content = json.loads(path.read_text("utf-8"))
+            of, table = content["of"], str(content["table"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StateError(
+                f"{str(path)!r} cannot be read as measured times ({error}); remove it to begin anew"
+            ) from error
+        if of != self._clocked():
+            raise StateError(
+                f"{str(path)!r} holds times of another model, or of other inputs; give another "
+                "state, or remove it to begin anew"
+            )
+        return table
+
+    def _clocked(self) -> list[str]:
+        """Return what was timed, in words."""
+        inputs = as_inputs(self.example_inputs) if self.example_inputs is not None else None
+        values = [] if inputs is None else [*inputs.args, *inputs.kwargs.values()]
+        shapes = [f"{tuple(v.shape)} {v.dtype}" for v in values if isinstance(v, Tensor)]
+        return [digest(self.model.state_dict(), repr(self.model)), *shapes]
 
     def _reading(self) -> dict[str, Any]:
         reader = self.reader
         return {"leaves": reader.leaves, "rules": reader.rules, "streams": reader.streams}
-
-    @staticmethod
-    def remove(state: Path | str | None) -> None:
-        """Remove what was kept: the run is done."""
-        if state is not None and processes.rank() == 0:
-            for kind in ("curves", "latency"):
-                Path(f"{state}.{kind}").unlink(missing_ok=True)
 
 
 class _Run(Generic[M]):
@@ -433,12 +488,16 @@ def _checked_batch(model: nn.Module, recipe: Recipe, source: Source) -> Batch:
     return first
 
 
-def _resolved(graph: SpaceGraph, ratio: float | Mapping[str, float], plan: Plan | None) -> Plan:
+def _resolved(
+    graph: SpaceGraph, ratio: float | Mapping[str, float] | None, plan: Plan | None
+) -> Plan:
     """Turn a ratio into a plan, and check what is given."""
     if not graph.free:
         Plan.uniform(graph, 1.0)  # raises with the reasons
     if plan is None:
-        plan = Plan.uniform(graph, ratio)
+        plan = Plan.uniform(graph, 0.5 if ratio is None else ratio)
+    elif ratio is not None:
+        raise PlanError("give a plan or a ratio: only one of them")
     elif not isinstance(plan, Plan):
         raise PlanError(
             f"plan must be a torchcap.Plan, got {type(plan).__name__}; make one by "

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from torchcap.checkpoint.contents import Attribute, Contents, Layer, is_plain
 from torchcap.errors import FileError
@@ -37,6 +37,11 @@ _WIDTHS = {
 _GEOMETRY = {"kernel_size", "stride", "padding", "dilation", "output_padding", "num_heads"}
 # timm's choice by what the machine has. The scale of the small model's scores depends on it.
 _CHOICES = {"fused_attn"}
+
+
+# What every module has, and what only says where a model is from.
+_OWN_OF_MODULES = {*vars(nn.Module()), "training"}
+_CONFIGURATIONS = {"pretrained_cfg", "default_cfg", "_model_args"}
 
 
 def structure_of(model: nn.Module) -> dict[str, Layer]:
@@ -163,7 +168,32 @@ def _kind(module: nn.Module) -> str:
 
 
 def _attributes(module: nn.Module) -> dict[str, Attribute]:
-    return {n: v for n, v in vars(module).items() if n != "training" and is_plain(v)}
+    found: dict[str, Attribute] = {}
+    for name, value in vars(module).items():
+        if name in _OWN_OF_MODULES or name in _CONFIGURATIONS:
+            continue
+        if is_plain(value):
+            found[name] = value
+        elif not isinstance(value, Tensor | nn.Module | fx.Graph | None):
+            found[name] = _in_words(value)
+    return found
+
+
+def _in_words(value: Any, depth: int = 4) -> str:
+    """Describe what a class keeps besides tensors and sizes, so that it can be compared."""
+    if isinstance(value, bool | int | float | str | None):
+        return repr(value)
+    kind = type(value).__qualname__
+    if isinstance(value, Mapping) and depth:
+        items = sorted(f"{key!r}: {_in_words(item, depth - 1)}" for key, item in value.items())
+        return f"{kind}({', '.join(items)})"
+    if isinstance(value, list | tuple) and depth:
+        return f"{kind}({', '.join(_in_words(item, depth - 1) for item in value)})"
+    own = getattr(value, "__dict__", None)
+    library = type(value).__module__.partition(".")[0]
+    if library in {"torch", "builtins", "functools"} or not isinstance(own, dict) or not depth:
+        return kind
+    return f"{kind}({_in_words(own, depth - 1)})"
 
 
 def _replace_folded_(fresh: nn.Module, wanted: Mapping[str, Layer]) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
-from typing import Final, Literal
+from math import isfinite, prod
+from numbers import Real
+from typing import Final, Literal, get_args
 
 import numpy as np
 
 from torchcap.errors import NothingToCompressError, PlanError
 from torchcap.graph.spaces import ChannelSpace, SpaceGraph
 from torchcap.plan import price as prices
+from torchcap.plan.cost import cost
 from torchcap.plan.latency import LatencyPrice, LatencyTable
 from torchcap.plan.minimize import minimize
 from torchcap.plan.plan import Plan
@@ -57,19 +59,21 @@ def allocate(  # noqa: PLR0913 - an argument for each thing that may be said
         latency: measured times of the layers, from :func:`torchcap.measure_latency`.
         loss: which row of the curves adds up: the errors of the features behind each space, those
             of the output, or what the scores have lost. The first are the least noisy.
-        multiple_of: ranks are multiples of this, as far as a space has the channels.
+        multiple_of: ranks are multiples of this, as far as a space has the channels; those of
+            spaces with blocks are multiples of their number of blocks.
         minimum: least share of the channels that a space keeps; or a mapping by name.
         fixed: names of spaces that keep all channels.
 
     Raises:
-        PlanError: if no or several budgets are given, or one that cannot be reached; for curves of
-            another model, unknown spaces and shares outside of (0, 1].
+        PlanError: if no or several budgets are given, or one that cannot be reached; for curves or
+            times of another model, unknown spaces and shares outside of (0, 1].
         NothingToCompressError: if no curve belongs to a free space.
 
     References:
         Minnehan & Savakis, "Cascaded Projection", CVPR 2019, sec. 4.1 (the plan "CaP Optimal").
         Everett, "Generalized Lagrange multiplier method", Operations Research 1963.
     """
+    _check_arguments(loss, multiple_of, minimum)
     curves = _curves(graph, sensitivity)
     price, budget = _budget(graph, latency, macs, params, activations, latency_ms)
     least = minimum if isinstance(minimum, Mapping) else dict.fromkeys(curves, minimum)
@@ -258,14 +262,32 @@ def _budget(
     assert value is not None  # noqa: S101 - it is the one that was given
     _check_positive(named[0], value)
     price = make(graph)
-    full = price.total(as_vector(price.spaces, {s.name: s.channels for s in graph.free}))
-    return price, value * full if value <= 1 else value
+    if value > 1:
+        return price, float(value)
+    if params is not None:  # a share of what the model has now: folding may add biases
+        return price, value * sum(map(prod, graph.tensors.values()))
+    full = as_vector(price.spaces, {space.name: space.channels for space in graph.free})
+    return price, value * price.total(full)
 
 
 def _check_positive(name: str, value: float) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not isfinite(value) or not value > 0:
+    if not _is_number(value) or not value > 0:
         raise PlanError(f"{name} is a positive budget; got {value!r}")
+
+
+def _check_arguments(loss: Loss, multiple_of: int, minimum: float | Mapping[str, float]) -> None:
+    if loss not in get_args(Loss):
+        raise PlanError(f"loss is one of {', '.join(get_args(Loss))}; got {loss!r}")
+    if not isinstance(multiple_of, int) or multiple_of < 1:
+        raise PlanError(f"multiple_of is a whole number from 1 on; got {multiple_of!r}")
+    for share in minimum.values() if isinstance(minimum, Mapping) else [minimum]:
+        if not _is_number(share) or not 0 < share <= 1:
+            raise PlanError(f"minimum is a share of the channels, 0 < minimum <= 1; got {share!r}")
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is a finite number of any kind (NumPy's, say), and no truth value."""
+    return not isinstance(value, bool) and isinstance(value, Real) and isfinite(value)
 
 
 def _check_names(graph: SpaceGraph, names: Collection[str]) -> None:
@@ -287,6 +309,13 @@ def _curves(graph: SpaceGraph, sensitivity: Sensitivity) -> dict[str, Curve]:
             f"the curves were measured on another model ({sensitivity.model!r}): {graph.model!r} "
             f"has no free space {other[0]!r} of {curves[other[0]].channels} channels; measure "
             "this one: sensitivity(model, data)"
+        )
+    counted = cost(graph).parameters
+    if sensitivity.parameters not in {0, counted}:
+        raise PlanError(
+            f"the curves were measured on another model ({sensitivity.model!r}, of "
+            f"{sensitivity.parameters:,} parameters, norms folded) than this {graph.model!r} of "
+            f"{counted:,}; measure this one: sensitivity(model, data)"
         )
     if not curves:
         raise NothingToCompressError(

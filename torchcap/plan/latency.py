@@ -150,7 +150,9 @@ class LatencyPrice:
             times = table.layers[name]
             tensor = weight_of(name)
             if tensor in sizes.graph.tensors:
-                self._layers.append((times, sizes(tensor, 0), sizes(tensor, 1)))
+                axes = sizes(tensor, 0), sizes(tensor, 1)
+                _check_widths(name, times, axes, sizes.graph.tensors[tensor])
+                self._layers.append((times, *axes))
             else:
                 constant += times.milliseconds[-1][-1]
         self._rest = _scaled_rest(graph, table, constant)
@@ -236,6 +238,20 @@ def _bilinear(times: LayerTimes, outputs: Size, inputs: Size, spaces: tuple[str,
         (b + d * inputs.base) * outputs.parts + (c + d * outputs.base) * inputs.parts,
         (products + products.T) / 2,
     )
+
+
+def _check_widths(
+    name: str, times: LayerTimes, axes: tuple[Size, Size], shape: tuple[int, ...]
+) -> None:
+    """Raise a PlanError if a layer was measured at other widths than it may get."""
+    for axis, grid in enumerate((times.outputs, times.inputs)):
+        alone = len(grid) == 1 and shape[axis] > 1 and axes[axis].parts.any()
+        if grid[-1] != shape[axis] or alone:
+            raise PlanError(
+                f"the latency table has layer {name!r} at widths {grid}, and here its width is up "
+                f"to {shape[axis]}{' and may shrink' if alone else ''}: it was measured on another "
+                "model, or with other spaces (streams=); measure this one"
+            )
 
 
 def _at(size: Size, ranks: Vector) -> Vector:

@@ -86,6 +86,8 @@ class Plan:
         """
         if not graph.free:
             raise NothingToCompressError(_nothing(graph))
+        if not isinstance(multiple_of, int) or multiple_of < 1:
+            raise PlanError(f"multiple_of is a whole number from 1 on; got {multiple_of!r}")
         shares = ratio if isinstance(ratio, Mapping) else {s.name: ratio for s in graph.free}
         choices = {}
         for name, share in shares.items():

@@ -104,9 +104,10 @@ class Sizes:
         return Size(self.graph.tensors[tensor][axis] - float(parts @ full), parts)
 
     def volume(self, tensor: str) -> tuple[float, tuple[Size, ...]]:
-        """Return a tensor's number of entries, as a factor and the sizes of its first two axes."""
-        shape = self.graph.tensors[tensor]
-        return prod(shape[2:]), tuple(self(tensor, axis) for axis in range(min(2, len(shape))))
+        """Return a tensor's number of entries: a factor, and the sizes of at most two axes."""
+        axes = [self(tensor, axis) for axis in range(len(self.graph.tensors[tensor]))]
+        varying = tuple(size for size in axes if size.parts.any())
+        return prod(size.base for size in axes if not size.parts.any()), varying
 
 
 def multiply_adds(graph: SpaceGraph) -> Quadratic:

@@ -66,6 +66,7 @@ class Sensitivity:
         metric: what scores are: ``"accuracy"``, or without labels ``"agreement"`` with the model.
         baseline: score of the model itself.
         images: number of images that errors and scores were measured on.
+        parameters: of the model at full width, its norms folded; 0 if that is not known.
 
     References:
         Minnehan & Savakis, "Cascaded Projection", CVPR 2019, sec. 4.1, figures 4 and 5.
@@ -76,6 +77,7 @@ class Sensitivity:
     metric: Metric
     baseline: float
     images: int
+    parameters: int = 0
 
     def __getitem__(self, space: str) -> Curve:
         for curve in self.curves:
@@ -111,10 +113,11 @@ class Sensitivity:
                 )
                 for entry in data["curves"]
             )
-            metric, baseline, images = data["metric"], data["baseline"], data["images"]
+            metric, baseline = data["metric"], float(data["baseline"])
+            counts = int(data["images"]), int(data.get("parameters", 0))
             if metric not in {"accuracy", "agreement"}:
                 raise PlanError(f"the metric is 'accuracy' or 'agreement'; got {metric!r}")
-            return cls(str(data["model"]), curves, metric, float(baseline), int(images))
+            return cls(str(data["model"]), curves, metric, baseline, *counts)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, PlanError):
                 raise

@@ -136,13 +136,17 @@ def _calls(model: nn.Module, graph: SpaceGraph, inputs: Inputs) -> dict[str, lis
     names = dict.fromkeys(call.module for call in graph.calls)
     found: dict[str, list[_Call]] = {name: [] for name in names}
 
-    def noting(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def note(_: nn.Module, args: tuple[Any, ...]) -> None:
-            found[name].append(_Call(tuple(args[0].shape), args[0].dtype))
+    def noting(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            (x, *_others) = args or tuple(kwargs.values())  # it may be given by name
+            found[name].append(_Call(tuple(x.shape), x.dtype))
 
         return note
 
-    handles = [model.get_submodule(n).register_forward_pre_hook(noting(n)) for n in names]
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(noting(name), with_kwargs=True)
+        for name in names
+    ]
     try:
         with torch.inference_mode():
             model(*inputs.args, **inputs.kwargs)
@@ -162,11 +166,17 @@ def _grid(
     grid = []
     for axis in (0, 1):
         free = tensor in sizes.graph.tensors and bool(sizes(tensor, axis).parts.any())
-        step = getattr(layer, "groups", 1) if axis == 0 and not _is_depthwise(layer) else 1
+        step = _step(layer) if axis == 0 else 1
         shares = widths if free else (1.0,)
         full = shape[axis] // step
         grid.append(tuple(sorted({step * max(1, math.ceil(full * s)) for s in (*shares, 1.0)})))
     return grid[0], grid[1]
+
+
+def _step(layer: nn.Module) -> int:
+    """Return what the number of a layer's outputs is a multiple of."""
+    groups = getattr(layer, "groups", 1)
+    return len(layer.weight) // groups if _is_depthwise(layer) else groups  # type: ignore[arg-type]
 
 
 def _is_depthwise(layer: nn.Module) -> bool:

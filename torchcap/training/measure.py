@@ -30,6 +30,7 @@ from torchcap.graph.rules import Target
 from torchcap.graph.spaces import Port, SpaceGraph, Tap
 from torchcap.graph.trace import shadow
 from torchcap.graph.values import Rule
+from torchcap.plan.cost import cost
 from torchcap.plan.plan import Choice, Plan
 from torchcap.plan.sensitivity import Curve, Metric, Sensitivity
 from torchcap.projection.initialize import (
@@ -109,8 +110,8 @@ def sensitivity(  # noqa: PLR0913 - an argument for each thing that may be said
     )
     ranks = _ranks(graph, shares, spaces)
     identity = {
-        "model": digest(model.state_dict()),
-        "data": digest({str(i): t for i, t in enumerate(first.tensors)}),
+        "model": digest(model.state_dict(), repr(model)),
+        "data": digest(_named(first)),
         "ranks": {name: list(values) for name, values in ranks.items()},
         "images": images,
         "seed": seed,
@@ -120,7 +121,8 @@ def sensitivity(  # noqa: PLR0913 - an argument for each thing that may be said
     if found is None or len(found.curves) < len(ranks):
         trial = _Trial(model, graph, source, images)
         if found is None:
-            found = Sensitivity(graph.model, (), trial.metric, trial.baseline, trial.images)
+            counts = trial.images, cost(graph).parameters
+            found = Sensitivity(graph.model, (), trial.metric, trial.baseline, *counts)
         done = {curve.space for curve in found.curves}
         missing = {n: values for n, values in ranks.items() if n not in done}
         for curve in trial.curves(missing):
@@ -130,6 +132,11 @@ def sensitivity(  # noqa: PLR0913 - an argument for each thing that may be said
                 error = curve.errors[0]
                 on_progress(Progress("sensitivity", len(found.curves), len(ranks), error))
     return replace(found, curves=tuple(found[name] for name in ranks))
+
+
+def _named(batch: Batch) -> dict[str, Tensor]:
+    labels = {} if batch.labels is None else {"labels": batch.labels}
+    return {str(number): tensor for number, tensor in enumerate(batch.tensors)} | labels
 
 
 def _ranks(
@@ -222,7 +229,10 @@ class _Trial:
                 sums.output_error += _square(ours - output)
                 sums.error += _square((ours if tap is None else found) - expected)
                 sums.right += _right(ours, answers)
-        feature_norm, output_norm = _total([feature_norm]), _total([output_norm])
+        feature_norm, output_norm = (
+            max(_total([norm]), torch.finfo(torch.float32).tiny)
+            for norm in (feature_norm, output_norm)
+        )
         return Curve(
             name,
             self.graph[name].channels,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -339,7 +340,9 @@ def watched(
     handles = []
     try:
         for path, see in inputs.items():
-            handles.append(model.get_submodule(path).register_forward_pre_hook(see))
+            hook = partial(_given, see)
+            layer = model.get_submodule(path)
+            handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         for path, see_output in outputs.items():
             handles.append(model.get_submodule(path).register_forward_hook(see_output))
         model.eval()
@@ -349,6 +352,16 @@ def watched(
             handle.remove()
         for module, training in modes:
             module.training = training
+
+
+def _given(
+    see: Callable[[nn.Module, tuple[Any, ...]], None],
+    layer: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> None:
+    """Show a layer's arguments; its input may be given by name."""
+    see(layer, args or tuple(kwargs.values()))
 
 
 @dataclass(slots=True)
