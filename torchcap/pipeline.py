@@ -250,7 +250,7 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
         "recipe": str(recipe),
         "seed": seed,
         "model": digest(model.state_dict(), repr(model)),
-        "data": None if source is None else _data_in_words(source),
+        "data": "none" if source is None else processes.shared_text(_in_words(source)),
         "processes": processes.count(),
     }
     file = StateFile(state, identity, save_every)
@@ -261,12 +261,12 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
     return small
 
 
-def _data_in_words(source: Source) -> list[str]:
+def _in_words(source: Source) -> str:
     """Return what two passes over the same data have in common, whatever is drawn."""
     first = source.first()
     shapes = [f"{tuple(t.shape)} {t.dtype}" for t in first.tensors]
     labels = "no labels" if first.labels is None else f"labels {tuple(first.labels.shape)}"
-    return [f"{len(source)} batches", *shapes, labels]
+    return ", ".join([f"{len(source)} batches", *shapes, labels])
 
 
 @dataclass(slots=True)

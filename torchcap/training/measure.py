@@ -111,7 +111,7 @@ def sensitivity(  # noqa: PLR0913 - an argument for each thing that may be said
     ranks = _ranks(graph, shares, spaces)
     identity = {
         "model": digest(model.state_dict(), repr(model)),
-        "data": digest(_named(first)),
+        "data": processes.shared_text(digest(_named(first))),  # each process has its own part
         "ranks": {name: list(values) for name, values in ranks.items()},
         "images": images,
         "seed": seed,
