@@ -39,6 +39,7 @@ ORDER = (
     "torchcap.graph.findings",
     "torchcap.graph.analyze",
     "torchcap.graph",
+    "torchcap.plan.documents",
     "torchcap.plan.plan",
     "torchcap.plan",
     "torchcap.projection.polar",

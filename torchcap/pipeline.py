@@ -45,7 +45,7 @@ from torchcap.training.recipe import ClosedForm, Projections, Recipe
 from torchcap.training.relax import train_kernels
 from torchcap.training.rounds import Round
 from torchcap.training.solve import select, solve_layers
-from torchcap.training.state import StateFile
+from torchcap.training.state import StateFile, check_folder, write_text
 from torchcap.training.taps import TeacherPass, expansion
 from torchcap.transform.balance import balance_
 from torchcap.transform.fold import fold_
@@ -284,9 +284,8 @@ class _Measurements:
 
     def check_folder(self) -> None:
         """Check that there is a place for files, before any work is done."""
-        if self.state is not None and not Path(self.state).parent.is_dir():
-            folder = str(Path(self.state).parent)
-            raise StateError(f"there is no folder {folder!r} for the state; make it")
+        if self.state is not None:
+            check_folder(Path(self.state))
 
     def curves(self) -> Sensitivity:
         """Measure what the spaces lose."""
@@ -314,7 +313,7 @@ class _Measurements:
             reading = self._reading()
             text = measure_latency(self.model, self.example_inputs, **reading).to_json()
             if path is not None:
-                path.write_text(json.dumps({"of": self._clocked(), "table": text}), "utf-8")
+                write_text(path, json.dumps({"of": self._clocked(), "table": text}))
         return LatencyTable.from_json(processes.shared_text(text))
 
     def remove(self) -> None:

@@ -21,6 +21,7 @@ from torchcap.plan.sensitivity import Sensitivity
 from torchcap.plot import plot_plan, plot_sensitivity
 from torchcap.training.clock import measure_latency
 from torchcap.training.measure import SHARES, sensitivity
+from torchcap.training.state import write_text
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -194,13 +195,6 @@ def read_text(path: Path) -> str:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"{str(path)!r} cannot be read ({error})") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file; what stood at its place stays until the new one is whole."""
-    beside = path.with_name(f"{path.name}.new")
-    beside.write_text(f"{text}\n", "utf-8")
-    beside.replace(path)
 
 
 def _has_budget(options: Namespace) -> bool:

@@ -128,8 +128,8 @@ class _Search:
                 "minimum=, measure smaller shares, or compress more spaces (streams=True)"
             )
         tried = [cheapest, self._uniform(), *self._by_price()]
-        fitting = [self._filled(chosen) for chosen in tried if self._cost(chosen) <= self.budget]
-        return self._at(min(fitting, key=self._loss))
+        fitting = [chosen for chosen in tried if self._cost(chosen) <= self.budget]
+        return self._at(self._filled(min(fitting, key=self._loss)))
 
     def _uniform(self) -> list[int]:
         """Return the largest ranks that are about the same share of every space, and fit."""

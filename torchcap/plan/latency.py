@@ -16,6 +16,7 @@ import numpy as np
 
 from torchcap.errors import PlanError
 from torchcap.graph.spaces import SpaceGraph
+from torchcap.plan.documents import check_kind, parsed
 from torchcap.plan.plan import Plan
 from torchcap.plan.price import (
     Quadratic,
@@ -104,15 +105,8 @@ class LatencyTable:
         Raises:
             PlanError: if the text is not JSON, or no table.
         """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PlanError(f"not a latency table: the text is not JSON ({error})") from error
-        if not isinstance(data, Mapping) or (data.get("format"), data.get("version")) != (
-            _FORMAT,
-            _VERSION,
-        ):
-            raise PlanError(f"not a latency table: expected {_FORMAT!r} version {_VERSION}")
+        data = parsed(text, "latency table")
+        check_kind(data, "latency table", _FORMAT, _VERSION)
         try:
             layers = {name: _layer_times(entry) for name, entry in data["layers"].items()}
             numbers = {name: float(data[name]) for name in ("rest", "rest_floor", "whole")}

@@ -13,6 +13,7 @@ from typing import Any
 
 from torchcap.errors import NothingToCompressError, PlanError
 from torchcap.graph.spaces import ChannelSpace, SpaceGraph
+from torchcap.plan.documents import check_kind, parsed
 
 _NAMED = 5  # differences, in a message
 
@@ -179,11 +180,7 @@ class Plan:
         Raises:
             PlanError: if the dictionary is not a plan of a version that this library knows.
         """
-        if data.get("format") != "torchcap-plan" or data.get("version") != 1:
-            raise PlanError(
-                f"not a plan: format {data.get('format')!r} version {data.get('version')!r}, "
-                "expected 'torchcap-plan' version 1"
-            )
+        check_kind(data, "plan", "torchcap-plan", 1)
         try:
             choices = {
                 str(name): Choice(entry["channels"], entry["rank"], str(entry.get("reason", "")))
@@ -206,13 +203,7 @@ class Plan:
         Raises:
             PlanError: if the text is not JSON, or not a plan.
         """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PlanError(f"not a plan: the text is not JSON ({error})") from error
-        if not isinstance(data, Mapping):
-            raise PlanError(f"not a plan: expected a JSON object, got {type(data).__name__}")
-        return cls.from_dict(data)
+        return cls.from_dict(parsed(text, "plan"))
 
     def __str__(self) -> str:
         return "\n".join(self._lines())

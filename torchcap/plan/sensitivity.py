@@ -10,6 +10,7 @@ from math import isfinite
 from typing import Any, Literal
 
 from torchcap.errors import PlanError
+from torchcap.plan.documents import check_kind, parsed
 
 Metric = Literal["accuracy", "agreement"]
 
@@ -96,11 +97,7 @@ class Sensitivity:
         Raises:
             PlanError: if the dictionary holds something else.
         """
-        if data.get("format") != _FORMAT or data.get("version") != _VERSION:
-            raise PlanError(
-                f"not a sensitivity: format {data.get('format')!r} version "
-                f"{data.get('version')!r}, expected {_FORMAT!r} version {_VERSION}"
-            )
+        check_kind(data, "sensitivity", _FORMAT, _VERSION)
         try:
             curves = tuple(
                 Curve(
@@ -134,13 +131,7 @@ class Sensitivity:
         Raises:
             PlanError: if the text is not JSON, or holds something else.
         """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PlanError(f"not a sensitivity: the text is not JSON ({error})") from error
-        if not isinstance(data, Mapping):
-            raise PlanError(f"not a sensitivity: expected a JSON object, got {type(data).__name__}")
-        return cls.from_dict(data)
+        return cls.from_dict(parsed(text, "sensitivity"))
 
     def __str__(self) -> str:
         return "\n".join(self._lines())

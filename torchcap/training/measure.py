@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -42,6 +41,7 @@ from torchcap.projection.initialize import (
 )
 from torchcap.training.progress import OnProgress, Progress
 from torchcap.training.replay import tensors_in
+from torchcap.training.state import write_text
 from torchcap.training.taps import Probe, TeacherPass, expansion
 from torchcap.transform.balance import balance_
 from torchcap.transform.fold import fold_
@@ -435,11 +435,4 @@ class _Cache:
         if self.path is None or processes.rank() > 0:
             return
         content = json.dumps({**found.to_dict(), "of": self.identity}, indent=1)
-        beside = self.path.with_name(self.path.name + ".new")
-        try:
-            beside.write_text(content, "utf-8")
-            os.replace(beside, self.path)
-        except OSError as error:
-            raise StateError(
-                f"the curves cannot be written to {str(self.path)!r}: {error}"
-            ) from error
+        write_text(self.path, content)

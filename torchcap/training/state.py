@@ -51,8 +51,7 @@ class StateFile:
         """
         if self.path is None:
             return False
-        if not self.path.parent.is_dir():
-            raise StateError(f"there is no folder {str(self.path.parent)!r} for the state; make it")
+        check_folder(self.path)
         if not self.path.exists():
             return False
         try:
@@ -128,3 +127,23 @@ class StateFile:
                 f"the state cannot be written to {str(self.path)!r} ({error}); {kept}. Free some "
                 "space and call again with the same arguments to go on from there"
             ) from error
+
+
+def check_folder(path: Path) -> None:
+    """Raise a StateError if there is no folder for a file."""
+    if not path.parent.is_dir():
+        raise StateError(f"there is no folder {str(path.parent)!r} for the state; make it")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file; what stood at its place stays until the new one is whole.
+
+    Raises:
+        StateError: if it cannot be written.
+    """
+    beside = path.with_name(path.name + ".new")
+    try:
+        beside.write_text(text, "utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise StateError(f"{str(path)!r} cannot be written: {error}") from error
