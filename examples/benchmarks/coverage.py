@@ -22,11 +22,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -46,6 +46,7 @@ from table import format_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from multiprocessing.process import BaseProcess
 
 STATUSES = ("proven", "read", "declined", "failed", "timeout", "memory")
 MIB = 2**20
@@ -80,14 +81,12 @@ SIZES = {
 
 def main() -> None:
     options = parse_options()
-    if options.worker:
-        work(options)
-        return
     if options.report:
         print(report(read(options.report)))
         return
     if options.peer and find_spec("torch_pruning") is None:
         raise SystemExit("--peer needs Torch-Pruning: pip install torch-pruning")
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # of all workers
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no worker stays behind
     done = {record["name"] for record in read(options.out)}
     names = [name for name in chosen(options) if name not in done]
@@ -119,7 +118,6 @@ def parse_options() -> argparse.Namespace:
     add("--timeout", type=float, default=120.0, help="seconds of processor time a model")
     add("--memory", type=float, default=12.0, help="GiB for each model")
     add("--jobs", type=int, default=1, help="models at a time, with one thread each")
-    add("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -198,17 +196,19 @@ def _words(part: str) -> list[str]:
 # --- one model, in its own process
 
 
-def work(options: argparse.Namespace) -> None:
-    """Examine one model and write what is found to ``--out``, again after every step."""
+def work(name: str, wishes: Wishes, folder: Path) -> None:
+    """Examine one model and write what is found to a file, again after every step."""
+    for stream, target in ((sys.stdout, os.devnull), (sys.stderr, folder / "errors")):
+        with open(target, "wb") as file:
+            os.dup2(file.fileno(), stream.fileno())
     torch.set_num_threads(1)
-    wishes = Wishes(options.analyze_only, options.export, options.peer)
 
     def keep(record: Record) -> None:
-        waiting = options.out.with_suffix(".new")
+        waiting = folder / "new"
         waiting.write_text(json.dumps(record))
-        waiting.replace(options.out)  # whole, or as it was
+        waiting.replace(folder / "record")  # whole, or as it was
 
-    examine(options.worker, wishes, keep)
+    examine(name, wishes, keep)
 
 
 @dataclass
@@ -216,7 +216,7 @@ class Worker:
     """The process of one model, and what it has used so far."""
 
     name: str
-    process: subprocess.Popen[bytes]
+    process: BaseProcess
     folder: tempfile.TemporaryDirectory[str]
     began: float = field(default_factory=time.perf_counter)
     seconds: float = 0.0  # of processor time
@@ -224,7 +224,7 @@ class Worker:
 
     def over(self, options: argparse.Namespace) -> str:
         """Return the limit that the process has gone over, or nothing."""
-        if self.process.poll() is not None:
+        if not self.process.is_alive():
             return ""
         use = usage(self.process.pid)
         waited = time.perf_counter() - self.began
@@ -239,7 +239,7 @@ class Worker:
 
     def stop(self) -> None:
         self.process.kill()
-        self.process.wait()
+        self.process.join()
 
     def record(self, reason: str) -> Record:
         """Return what the process has written, with the reason why it ended if not by itself."""
@@ -251,11 +251,12 @@ class Worker:
             found["peer"] = {"status": reason or "failed", "message": "its process ended"}
         elif not found["status"]:
             found["status"] = reason or "failed"
-            errors = last_lines(Path(self.folder.name, "errors").read_text(errors="replace"))
-            code = self.process.returncode
             found["message"] = f"stopped at {found['stage']}"
+            errors = Path(self.folder.name, "errors")
             if not reason:
-                found["message"] += f" with exit status {code}\n{errors}"
+                found["message"] += f" with exit status {self.process.exitcode}\n"
+            if not reason and errors.exists():
+                found["message"] += last_lines(errors.read_text(errors="replace"))
         identity = {"name": self.name, "family": family_of(self.name)}
         used = {"seconds": found.get("seconds", self.seconds), "peak_mib": self.peak / MIB}
         self.folder.cleanup()
@@ -263,20 +264,17 @@ class Worker:
 
 
 def start(name: str, options: argparse.Namespace) -> Worker:
-    """Start the process of one model, with one thread."""
+    """Start the process of one model, with one thread.
+
+    Where the system allows it, that is a fork of a process that has imported all there is to
+    import, which takes longer than many a model.
+    """
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forks else "spawn")
     folder = tempfile.TemporaryDirectory()
-    wishes = ("analyze_only", "export", "peer")
-    flags = [f"--{wish.replace('_', '-')}" for wish in wishes if getattr(options, wish)]
-    record = str(Path(folder.name, "record"))
-    command = [sys.executable, __file__, "--worker", name, "--out", record, *flags]
-    with Path(folder.name, "errors").open("wb") as errors:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-        )
+    wishes = Wishes(options.analyze_only, options.export, options.peer)
+    process = context.Process(target=work, args=(name, wishes, Path(folder.name)))
+    process.start()
     return Worker(name, process, folder)
 
 
@@ -289,7 +287,7 @@ class Usage:
     peak: int
 
 
-def usage(pid: int) -> Usage | None:
+def usage(pid: int | None) -> Usage | None:
     """Return what a process has used; None if that is unknown."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
@@ -316,7 +314,7 @@ def sweep(names: Iterable[str], options: argparse.Namespace) -> Iterator[Record]
                 reason = worker.over(options)
                 if reason:
                     worker.stop()
-                if worker.process.poll() is not None:
+                if not worker.process.is_alive():
                     running.remove(worker)
                     yield worker.record(reason)
     finally:  # an interrupted sweep leaves nothing behind
