@@ -86,7 +86,7 @@ def main() -> None:
         return
     if options.peer and find_spec("torch_pruning") is None:
         raise SystemExit("--peer needs Torch-Pruning: pip install torch-pruning")
-    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # of all workers
+    share()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no worker stays behind
     done = {record["name"] for record in read(options.out)}
     names = [name for name in chosen(options) if name not in done]
@@ -263,17 +263,26 @@ class Worker:
         return {**identity, **found, **used}
 
 
-def start(name: str, options: argparse.Namespace) -> Worker:
-    """Start the process of one model, with one thread.
+def share() -> None:
+    """Let workers be forks of one process that has imported what they need, where that works.
 
-    Where the system allows it, that is a fork of a process that has imported all there is to
-    import, which takes longer than many a model.
+    Imports take longer than many a model.
     """
-    forks = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if forks else "spawn")
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    here = str(Path(__file__).resolve().parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.getenv("PYTHONPATH"))))
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        multiprocessing.set_start_method("forkserver")
+        multiprocessing.set_forkserver_preload(["coverage_proofs"])
+    else:
+        multiprocessing.set_start_method("spawn")
+
+
+def start(name: str, options: argparse.Namespace) -> Worker:
+    """Start the process of one model, with one thread."""
     folder = tempfile.TemporaryDirectory()
     wishes = Wishes(options.analyze_only, options.export, options.peer)
-    process = context.Process(target=work, args=(name, wishes, Path(folder.name)))
+    process = multiprocessing.Process(target=work, args=(name, wishes, Path(folder.name)))
     process.start()
     return Worker(name, process, folder)
 
