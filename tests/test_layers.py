@@ -108,7 +108,10 @@ REFUSED: dict[str, tuple[Layer, str]] = {
     ),
     "EvoNorm2dB0": (lambda: evo_norm.EvoNorm2dB0(6), "measures every batch"),
     "SplitBatchNorm2d": (lambda: tl.SplitBatchNorm2d(6, num_splits=2), "no rule"),
-    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(6, 6, 2), "transposed convolution"),
+    "ConvTranspose2d": (
+        lambda: nn.ConvTranspose2d(6, 6, 2, groups=2),
+        "transposed convolution with groups",
+    ),
     "MultiheadAttention": (Attended, "computes with all of its weights"),
     "LSTM": (Recurrent, "no rule"),
     "EcaModule": (lambda: tl.EcaModule(6), "no rule"),

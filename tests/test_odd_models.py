@@ -180,7 +180,7 @@ class Frames(nn.Module):
 # Transposed convolutions
 
 
-@odd("transposed convolution with a norm", "c", a="'up'.*ransposed?")
+@odd("transposed convolution with a norm", "a up c")
 class Transposed(nn.Module):
     def __init__(self, groups: int = 1) -> None:
         super().__init__()
@@ -192,8 +192,10 @@ class Transposed(nn.Module):
         return self.d(F.relu(self.c(F.relu(self.norm(self.up(F.relu(self.a(x))))))))
 
 
-odd("grouped transposed convolution", "c", a="'up'.*ransposed?")(lambda: Transposed(groups=2))
-odd("transposed convolution of a signal", "3", (2, 3, 10), **{"0": "'1'.*ransposed?"})(
+odd("grouped transposed convolution", "c", a="'up'.*transposed.*groups")(
+    lambda: Transposed(groups=2)
+)
+odd("transposed convolution of a signal", "0 1 3", (2, 3, 10))(
     lambda: nn.Sequential(
         nn.Conv1d(3, 8, 3),
         nn.ConvTranspose1d(8, 6, 2),
@@ -221,6 +223,17 @@ class TransposedFunction(nn.Module):
 # Attention, recurrence, positions
 
 
+@odd("transformer of torch", "t.encoder.layers.0.linear1 t.decoder.layers.0.linear1", TOKENS)
+class Transforming(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.t = nn.Transformer(6, 2, 1, 1, dim_feedforward=8, batch_first=True)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.t(x, x[:, :3]))
+
+
 @odd("attention of torch", "fc1", TOKENS, embed=r"'attend' \(MultiheadAttention\)")
 class Attending(nn.Module):
     def __init__(self) -> None:
@@ -236,7 +249,7 @@ class Attending(nn.Module):
         return self.head(x + self.fc2(F.gelu(self.fc1(x))))
 
 
-odd("transformer layer of torch", "2", TOKENS, **{"0": "TransformerEncoderLayer"})(
+odd("transformer layer of torch", "1.linear1 2", TOKENS, **{"0": "MultiheadAttention"})(
     lambda: nn.Sequential(
         nn.Linear(6, 8),
         nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
@@ -960,8 +973,8 @@ NOTHING: dict[str, tuple[Callable[[], nn.Module], str]] = {
         r"0: added to a tensor whose channels are not followed.*2: output of the model",
     ),
     "transposed convolutions": (
-        lambda: nn.Sequential(conv(3, 8), nn.ConvTranspose2d(8, 4, 2)),
-        r"0: .*'1'.*ransposed?",
+        lambda: nn.Sequential(conv(3, 8), nn.ConvTranspose2d(8, 4, 2, groups=2)),
+        r"0: .*'1'.*transposed.*groups",
     ),
     "a stream alone": (
         lambda: nn.Sequential(conv(3, 8), Skipped(conv(8, 8)), conv(8, 4)),

@@ -26,8 +26,9 @@ from torch.utils._pytree import tree_leaves
 
 from torchcap.errors import ExampleInputsError, ModelError
 from torchcap.graph.inputs import ExampleInputs, Inputs, as_inputs, default_inputs
-from torchcap.graph.rules import CONVOLUTIONS, LINEARS
+from torchcap.graph.rules import COUNTED
 from torchcap.graph.spaces import LayerCall
+from torchcap.graph.weights import layer_call
 from torchcap.plan.cost import LayerCost, costs_of_calls
 from torchcap.training.relax import evaluating
 
@@ -388,14 +389,13 @@ def _calls(model: nn.Module, inputs: Inputs) -> list[LayerCall]:
 
     def note(path: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(layer: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001 - of a hook
-            shape = tuple(getattr(layer, "weight").shape)  # noqa: B009 - of no known type
-            calls.append(LayerCall(path, output.numel() // shape[0], shape))
+            calls.append(layer_call(path, layer, output))
 
         return hook
 
     with contextlib.ExitStack() as hooks:
         for path, module in model.named_modules():
-            if isinstance(module, CONVOLUTIONS + LINEARS):
+            if isinstance(module, COUNTED):
                 # Before the hooks of others, which may change what the layer gives.
                 handle = module.register_forward_hook(note(path), prepend=True)
                 hooks.callback(handle.remove)

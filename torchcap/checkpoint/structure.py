@@ -268,6 +268,9 @@ def _own_shape(module: nn.Module, name: str) -> tuple[int, ...] | None:
         return None
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+    elif isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        shape = (module.in_channels, module.out_channels // module.groups, *module.kernel_size)
+        return {"weight": shape, "bias": (module.out_channels,)}.get(name)
     elif isinstance(module, nn.Linear):
         shape = (module.out_features, module.in_features)
     else:

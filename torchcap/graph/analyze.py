@@ -27,8 +27,7 @@ from torchcap.graph.heads import item, pin_sizes, reshaping
 from torchcap.graph.inputs import ExampleInputs
 from torchcap.graph.rules import (
     BINDS_SIZES,
-    CONVOLUTIONS,
-    LINEARS,
+    COUNTED,
     READS_HELD,
     READS_SIZES,
     RULES,
@@ -46,6 +45,7 @@ from torchcap.graph.spaces import (
 from torchcap.graph.taps import find_sights
 from torchcap.graph.trace import LeafRule, Traced, Tracing, trace
 from torchcap.graph.values import Call, Channels, Extent, Heads, Held, Rule, Value, flat, opaque
+from torchcap.graph.weights import layer_call
 
 
 def analyze(
@@ -418,9 +418,8 @@ class _Reading:
     def _calls(self) -> Iterator[LayerCall]:
         for path, result in self.tracing.ran:
             module = self.model.get_submodule(path)
-            if isinstance(module, CONVOLUTIONS + LINEARS) and isinstance(result, Tensor):
-                shape = tuple(getattr(module, "weight").shape)  # noqa: B009 - of no known type
-                yield LayerCall(path, result.numel() // shape[0], shape)
+            if isinstance(module, COUNTED) and isinstance(result, Tensor):
+                yield layer_call(path, module, result)
 
 
 def _no_rule_for_heads(call: Call) -> Value:

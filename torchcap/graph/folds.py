@@ -8,9 +8,10 @@ from collections.abc import Collection, Iterator, Sequence
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from torchcap.graph.layers import batch_norm, convolution, linear
+from torchcap.graph.layers import batch_norm, convolution, linear, transposed_convolution
 from torchcap.graph.rules import RULES, STANDARDIZED, find_module_rule
 from torchcap.graph.spaces import Fold
+from torchcap.graph.weights import output_axis
 
 
 def find_folds(
@@ -35,7 +36,7 @@ def find_folds(
                 for other, calls in zip(pairs, used, strict=True)
             )
             if agree:
-                folds[layer] = Fold(layer, norm)
+                folds[layer] = Fold(layer, norm, output_axis(graph.get_submodule(layer)))
         for node in graph.graph.find_nodes(op="call_module"):
             layer = str(node.target)
             module = graph.get_submodule(layer)
@@ -70,7 +71,8 @@ def _pairs(graph: fx.GraphModule, entangled: Collection[str]) -> Iterator[tuple[
         rule = find_module_rule(layer, RULES)
         result = source.meta.get("val")
         flat = isinstance(result, Tensor) and result.dim() == 2
-        if (rule is convolution or (rule is linear and flat)) and _foldable(layer):
+        single = rule is transposed_convolution and layer.groups == 1
+        if (rule is convolution or single or (rule is linear and flat)) and _foldable(layer):
             yield str(source.target), str(node.target)
 
 

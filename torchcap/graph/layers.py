@@ -11,6 +11,7 @@ from torchcap.graph.channels import Ids
 from torchcap.graph.operators import pointwise, unchanged
 from torchcap.graph.sizes import Place, Size
 from torchcap.graph.values import Call, Channels, Value
+from torchcap.graph.weights import output_axis
 
 # --------------------------------------------------------------------------------------------------
 # Layers that write and read channels
@@ -32,7 +33,7 @@ def convolution(call: Call) -> Value:
         call.path, [("weight", 1)], "consumer", layer.in_channels, layer.groups
     )
     _read(call, x, reading)
-    writing = _written(call, layer.out_channels)
+    writing = _written(call, layer, layer.out_channels)
     if layer.groups > 1:
         why = f"does not fall evenly into the {layer.groups} groups of {call.label}"
         call.table.balance(reading.reshape(layer.groups, -1), why)
@@ -48,6 +49,24 @@ def _depthwise(call: Call, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Channels
     return Channels(call.shape, x.dim, ids)
 
 
+def transposed_convolution(call: Call) -> Value:
+    """A transposed convolution, over one to three dimensions: a convolution run backwards."""
+    layer = call.module
+    assert isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)  # noqa: S101 - from the table
+    x = call.argument(0, "input")
+    if not call.plain("weight", "bias"):
+        return call.give_up(f"the weight of {call.label} is already parametrized")
+    if layer.groups > 1:
+        return call.give_up(f"{call.label} is a transposed convolution with groups")
+    dim = len(call.shape) - layer.weight.dim() + 1
+    if isinstance(x, Channels) and x.dim != dim:
+        return call.give_up(f"{call.label} convolves along the channels")
+    if isinstance(x, Channels) and len(np.unique(x.ids)) < len(x.ids):
+        return call.give_up(f"{call.label} reads a channel several times")
+    _read(call, x, call.table.axis(call.path, [("weight", 0)], "consumer", layer.in_channels))
+    return Channels(call.shape, dim, _written(call, layer, layer.out_channels))
+
+
 def linear(call: Call) -> Value:
     """A linear layer over the last dimension."""
     layer = call.module
@@ -58,7 +77,7 @@ def linear(call: Call) -> Value:
     if isinstance(x, Channels) and x.dim != len(x.shape) - 1:
         return call.give_up(f"{call.label} mixes another dimension than the channels")
     _read(call, x, call.table.axis(call.path, [("weight", 1)], "consumer", layer.in_features))
-    return Channels(call.shape, len(call.shape) - 1, _written(call, layer.out_features))
+    return Channels(call.shape, len(call.shape) - 1, _written(call, layer, layer.out_features))
 
 
 def conv_mlp(call: Call) -> Value:
@@ -82,8 +101,9 @@ def _read(call: Call, x: Value, reading: Ids) -> None:
         call.table.fix(reading, f"{call.label} reads a tensor whose channels are not followed")
 
 
-def _written(call: Call, count: int) -> Ids:
-    tensors = [(name, 0) for name in ("weight", "bias", "gain") if call.has(name)]
+def _written(call: Call, layer: nn.Module, count: int) -> Ids:
+    others = [(name, 0) for name in ("bias", "gain") if call.has(name)]
+    tensors = [("weight", output_axis(layer)), *others]
     return call.table.axis(call.path, tensors, "producer", count)
 
 

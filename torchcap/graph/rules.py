@@ -46,6 +46,7 @@ from torchcap.graph.layers import (
     linear,
     prelu,
     response_norm,
+    transposed_convolution,
 )
 from torchcap.graph.moving import (
     expansion,
@@ -89,6 +90,7 @@ from torchcap.graph.operators import (
     unchanged,
 )
 from torchcap.graph.values import Rule
+from torchcap.graph.weights import TRANSPOSED_CONVOLUTIONS
 
 Target = type[nn.Module] | Callable[..., Any] | str
 
@@ -104,6 +106,9 @@ CONVOLUTIONS: tuple[type[nn.Module], ...] = (
 )
 STANDARDIZED: tuple[type[nn.Module], ...] = CONVOLUTIONS[4:]
 LINEARS: tuple[type[nn.Module], ...] = (nn.Linear, TimmLinear)
+COUNTED: tuple[type[nn.Module], ...] = CONVOLUTIONS + LINEARS + TRANSPOSED_CONVOLUTIONS
+"""The layers whose multiply-adds are counted."""
+
 BATCH_NORMS: tuple[type[nn.Module], ...] = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
@@ -215,7 +220,6 @@ _SPLITS = (
     torch.split, torch.functional.split, "split", torch.tensor_split, "tensor_split",
     "split_with_sizes",
 )  # fmt: skip
-_TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 _MATRIX_PRODUCTS = (operator.matmul, torch.matmul, "matmul", torch.bmm, "bmm")
 
@@ -228,7 +232,7 @@ RULES: Mapping[Target, Rule] = {
     **dict.fromkeys(_GROUP_NORMS, group_norm),
     **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), instance_norm),
     **dict.fromkeys(_RESPONSE_NORMS, response_norm),
-    **dict.fromkeys(_TRANSPOSED_CONVOLUTIONS, refusal("is a transposed convolution")),
+    **dict.fromkeys(TRANSPOSED_CONVOLUTIONS, transposed_convolution),
     **dict.fromkeys(_EVO_NORMS_OF_BATCHES, refusal("measures every batch")),
     nn.MultiheadAttention: refusal("computes with all of its weights together"),
     GlobalResponseNorm: global_response_norm,

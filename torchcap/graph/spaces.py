@@ -134,10 +134,12 @@ class Fold:
     Attributes:
         layer: qualified name of the convolution or linear layer.
         norm: qualified name of its batch norm; None where only weight standardisation folds.
+        axis: the axis of the layer's weight that its outputs lie on.
     """
 
     layer: str
     norm: str | None
+    axis: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,13 +213,19 @@ class LayerCall:
 
     Attributes:
         module: qualified name of the layer.
-        positions: how often each output channel is computed (batch times output positions).
+        positions: how often all of the weight is used: batch times output positions, of a
+            transposed convolution times input positions.
         shape: shape of its weight.
+        written: values that are put out for each entry of the weight's axis of outputs: batch
+            times output positions, and times the groups of a transposed convolution.
+        axis: the axis of the weight that the outputs lie on.
     """
 
     module: str
     positions: int
     shape: tuple[int, ...]
+    written: int
+    axis: int = 0
 
     @property
     def macs(self) -> int:
@@ -287,14 +295,14 @@ class SpaceGraph:
     def after_folding(self) -> SpaceGraph:
         """Return the graph of the folded model: norms gone, every folded layer with a bias."""
         norms = {fold.norm for fold in self.folds if fold.norm is not None}
-        biased = {fold.layer for fold in self.folds if fold.norm is not None}
+        biased = {fold.layer: fold.axis for fold in self.folds if fold.norm is not None}
         tensors = {
             name: shape
             for name, shape in self.tensors.items()
             if _owner(name) not in norms and not self._is_gain(name)
         }
-        for layer in biased:
-            tensors[f"{layer}.bias"] = self.tensors[f"{layer}.weight"][:1]
+        for layer, axis in biased.items():
+            tensors[f"{layer}.bias"] = (self.tensors[f"{layer}.weight"][axis],)
         spaces = tuple(
             dataclasses.replace(
                 space,
@@ -312,15 +320,15 @@ class SpaceGraph:
     def _is_gain(self, name: str) -> bool:
         return any(name == f"{fold.layer}.gain" for fold in self.folds)
 
-    def _folded(self, ports: tuple[Port, ...], biased: set[str]) -> Iterator[Port]:
+    def _folded(self, ports: tuple[Port, ...], biased: Mapping[str, int]) -> Iterator[Port]:
         for port in ports:
             if self._is_gain(port.tensor):
                 continue
             if port.module in biased and port.parameter == "bias":
                 continue
             yield port
-            if port.module in biased and port.parameter == "weight" and port.axis == 0:
-                yield dataclasses.replace(port, parameter="bias")
+            if port.parameter == "weight" and biased.get(port.module) == port.axis:
+                yield dataclasses.replace(port, parameter="bias", axis=0)
 
 
 def _owner(tensor: str) -> str:

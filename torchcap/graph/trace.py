@@ -52,6 +52,15 @@ from torchcap.graph.watch import Watched, watch_forward
 
 LeafRule = Callable[[nn.Module], bool]
 
+_TRANSFORMERS = (
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoder,
+    nn.TransformerDecoderLayer,
+)
+"""Modules of ``torch.nn`` that are made of others, and are read like those of a user."""
+
 _LOOKS_AT_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 
 _MOST_UNREAD = 100
@@ -287,11 +296,10 @@ class GraphReader(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module stands as one operator."""
-        return (
-            module_qualified_name in self.unread
-            or self._is_leaf(m)
-            or super().is_leaf_module(m, module_qualified_name)
-        )
+        if module_qualified_name in self.unread or self._is_leaf(m):
+            return True
+        whole = super().is_leaf_module(m, module_qualified_name)
+        return whole and not isinstance(m, _TRANSFORMERS)
 
     def call_module(
         self,
@@ -412,11 +420,23 @@ def _graph_of(
         with (
             warnings.catch_warnings(action="ignore"),  # of frozen arguments that are not asserted
             reads_noted(model, read.add),
+            _without_fast_attention(),
         ):
             return reader.trace(model.get_submodule(piece), concrete_args=concrete), read
     except Exception as error:  # a user's forward may raise anything on a proxy
         failed = None if reader.failed is None else joined(piece, reader.failed)
         raise _Untraceable(failed, _first_line(error)) from error
+
+
+@contextlib.contextmanager
+def _without_fast_attention() -> Iterator[None]:
+    """Keep the transformers of ``torch.nn`` to the operators that they are made of, for a while."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _integers(model: nn.Module) -> set[Place]:

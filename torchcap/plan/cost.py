@@ -2,8 +2,8 @@
 
 Convention: one multiply-add counts as one, and only convolutions and linear layers count, in
 evaluation mode on the example inputs. This is what fvcore reports for its operators ``conv`` and
-``linear``; it counts norms and pools besides. Transposed convolutions, and convolutions that are
-called as functions, are not counted.
+``linear``; it counts norms and pools besides. Convolutions that are called as functions are not
+counted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class LayerCost:
     Attributes:
         layer: qualified name of the layer, ``""`` for a model that is one itself.
         kind: ``"conv"`` or ``"linear"``.
-        shape: of the weight, ``(out, in / groups, …)``.
+        shape: of the weight, ``(out, in / groups, …)``, or ``(in, out / groups, …)`` of a
+            transposed convolution.
         macs: multiply-adds of all its calls.
         parameters: number of its trained values; those that it shares with another layer count
             where the model names them first.
@@ -110,12 +111,14 @@ def costs_of_calls(calls: Iterable[LayerCall], shapes: Shapes) -> tuple[LayerCos
         shapes: of every parameter of the model, by qualified name.
     """
     positions: Counter[str] = Counter()
+    activations: Counter[str] = Counter()
     weights: dict[str, tuple[int, ...]] = {}
     for call in calls:
         positions[call.module] += call.positions
         # Weights that are tied or parametrized stand under other names, and never change.
         name = f"{call.module}.weight" if call.module else "weight"
-        weights[call.module] = shapes.get(name, call.shape)
+        weights[call.module] = shape = shapes.get(name, call.shape)
+        activations[call.module] += call.written * shape[call.axis]
     parameters: Counter[str] = Counter()
     for name, shape in shapes.items():
         parameters[_owner(name)] += prod(shape)
@@ -126,7 +129,7 @@ def costs_of_calls(calls: Iterable[LayerCall], shapes: Shapes) -> tuple[LayerCos
             shape=shape,
             macs=positions[layer] * prod(shape),
             parameters=parameters[layer],
-            activations=positions[layer] * shape[0],
+            activations=activations[layer],
         )
         for layer, shape in weights.items()
     )

@@ -137,9 +137,9 @@ def activations(graph: SpaceGraph) -> Quadratic:
     for call in sizes.graph.calls:
         tensor = weight_of(call.module)
         if tensor in sizes.graph.tensors:
-            terms.append((float(call.positions), (sizes(tensor, 0),)))
+            terms.append((float(call.written), (sizes(tensor, call.axis),)))
         else:
-            terms.append((float(call.positions * call.shape[0]), ()))
+            terms.append((float(call.written * call.shape[call.axis]), ()))
     return _quadratic(sizes, terms)
 
 

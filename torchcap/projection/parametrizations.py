@@ -134,10 +134,11 @@ class ProjectInput(ProjectAxis):
     Args:
         segments: what stands along the axis, over all groups.
         groups: number of groups of the layer.
+        axis: the channel axis: 1 for the weight of a convolution or linear layer.
     """
 
-    def __init__(self, segments: Sequence[Segment], *, groups: int = 1) -> None:
-        super().__init__(1, segments, groups=groups)
+    def __init__(self, segments: Sequence[Segment], *, groups: int = 1, axis: int = 1) -> None:
+        super().__init__(axis, segments, groups=groups)
 
 
 def apply_segments(rows: Tensor, segments: Sequence[Segment]) -> Tensor:

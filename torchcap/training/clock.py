@@ -20,6 +20,7 @@ from torchcap.graph.inputs import ExampleInputs, Inputs, as_inputs, default_inpu
 from torchcap.graph.rules import Target
 from torchcap.graph.spaces import SpaceGraph
 from torchcap.graph.values import Rule
+from torchcap.graph.weights import output_axis
 from torchcap.plan.cost import cost
 from torchcap.plan.latency import LatencyTable, LayerTimes, predict_latency
 from torchcap.plan.plan import Plan
@@ -180,7 +181,14 @@ def _step(layer: nn.Module) -> int:
 
 
 def _is_depthwise(layer: nn.Module) -> bool:
-    return getattr(layer, "groups", 1) > 1 and layer.groups == layer.in_channels
+    grouped = getattr(layer, "groups", 1) > 1 and output_axis(layer) == 0
+    return grouped and layer.groups == layer.in_channels
+
+
+def _width_written(layer: nn.Module, weight: Tensor) -> int:
+    if output_axis(layer) == 0:
+        return len(weight)
+    return weight.shape[1] * int(layer.groups)  # type: ignore[arg-type]
 
 
 def _layer_times(
@@ -204,15 +212,16 @@ def _layer_times(
 
 @torch.inference_mode()
 def _milliseconds(
-    layer: nn.Module, call: _Call, outputs: int, inputs: int, memory: Tensor, seconds: float
+    layer: nn.Module, call: _Call, rows: int, columns: int, memory: Tensor, seconds: float
 ) -> float:
-    """Time one call of a layer of other widths."""
+    """Time one call of a layer whose weight has other sizes along its first two axes."""
     weight = layer.weight
     assert isinstance(weight, Tensor)  # noqa: S101 - of a convolution or linear layer
-    shape = [outputs, inputs, *weight.shape[2:]]
+    shape = [rows, columns, *weight.shape[2:]]
     turns = [_resized(layer, resized) for resized in _weights(shape, weight, memory)]
     shape = list(call.shape)
-    shape[-1 if isinstance(layer, nn.Linear) else 1] = inputs * getattr(turns[0], "groups", 1)
+    read = columns if output_axis(layer) == 0 else rows
+    shape[-1 if isinstance(layer, nn.Linear) else 1] = read * getattr(turns[0], "groups", 1)
     x = torch.randn(shape, dtype=call.dtype, device=weight.device)
     x = x.to(memory_format=_order(weight)) if x.dim() == 4 else x
     known = {"turns": cycle(turns), "x": x}
@@ -241,7 +250,7 @@ def _resized(layer: nn.Module, weight: Tensor) -> nn.Module:
     shell: Any = copy.copy(layer)
     shell._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
     if layer._parameters.get("bias") is not None:
-        bias = weight.new_zeros(len(weight))
+        bias = weight.new_zeros(_width_written(layer, weight))
         shell._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
     else:
         shell._parameters["bias"] = None

@@ -28,6 +28,7 @@ from torchcap.graph.analyze import Reader
 from torchcap.graph.rules import RULES, STANDARDIZED, Target, find_module_rule
 from torchcap.graph.spaces import ChannelSpace, SpaceGraph
 from torchcap.graph.values import Rule
+from torchcap.graph.weights import output_axis
 from torchcap.plan.plan import Plan
 from torchcap.projection.initialize import (
     Elimination,
@@ -48,7 +49,8 @@ from torchcap.transform.start import bases_for
 ROWS_PER_BATCH: Final = 8192
 """Output positions of a layer that are looked at in one batch."""
 
-_Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+_Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+_Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear | _Transposed
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +60,9 @@ class Solved:
     Attributes:
         layer: qualified name.
         method: ``"kernel"`` (the whole kernel by regression), ``"mixing"`` (the teacher's kernel
-            behind a regression of its input channels, where the kernel's moments are too large) or
-            ``"kept"``, where neither did better than the weights that were there.
+            behind a regression of its input channels: in transposed convolutions, and where the
+            kernel's moments are too large) or ``"kept"``, where neither did better than the
+            weights that were there.
         ridge: that was chosen, as a share of the moments' mean diagonal.
         before, after: mean square error of the layer's output, as a share of the target's; NaN if
             the memory is too small to measure it.
@@ -290,8 +293,7 @@ class _Sweep:
         if ours is None or theirs is None:
             return False
         chosen = any(choice.layer == name for choice in self.choosable.values())
-        narrower = ours.weight.shape[1:] != theirs.weight.shape[1:]
-        return narrower or chosen or name in self.present
+        return _inputs(ours) < _inputs(theirs) or chosen or name in self.present
 
     # ----------------------------------------------------------------------------------------------
     # One layer
@@ -299,6 +301,8 @@ class _Sweep:
     def _solve(self, station: Station) -> Solved:
         layer = _plain_layer(self.student, station.name)
         assert layer is not None  # noqa: S101 - stations are made of plain layers
+        if isinstance(layer, _Transposed):
+            return self._mix(station, layer)
         groups, _, outputs = _sizes(layer)
         columns = self._columns(station.name, layer)
         inputs = len(columns) // groups
@@ -386,7 +390,7 @@ class _Sweep:
     def _coordinates_size(self, station: Station, layer: _Layer) -> int:
         twin = _plain_layer(self.teacher, station.name)
         assert twin is not None  # noqa: S101 - the structures are the same
-        wide, narrow = twin.weight.shape[0], layer.weight.shape[0]
+        wide, narrow = _outputs(twin), _outputs(layer)
         return 0 if wide == narrow else JointMoments.size(1, wide, narrow)
 
     def _coordinates(self, station: Station, layer: _Layer) -> Callable[[Tensor], Tensor] | None:
@@ -397,7 +401,7 @@ class _Sweep:
         """
         twin = _plain_layer(self.teacher, station.name)
         assert twin is not None  # noqa: S101 - the structures are the same
-        wide, narrow = twin.weight.shape[0], layer.weight.shape[0]
+        wide, narrow = _outputs(twin), _outputs(layer)
         if wide == narrow:
             return None
         moments = JointMoments(1, wide, narrow, device=layer.weight.device)
@@ -442,10 +446,9 @@ class _Sweep:
         twin = _plain_layer(self.teacher, station.name)
         assert twin is not None  # noqa: S101 - the structures are the same
         groups = getattr(layer, "groups", 1)
-        narrow, wide = layer.weight.shape[1], twin.weight.shape[1]
+        narrow, wide = _inputs(layer), _inputs(twin)
         size = JointMoments.size(groups, narrow, wide)
-        same_output = layer.weight.shape[0] == twin.weight.shape[0]
-        if size > self.memory or not same_output or station.name in self.present:
+        if size > self.memory or _outputs(layer) != _outputs(twin):
             return None
         moments = JointMoments(groups, narrow, wide, device=layer.weight.device)
         node = self.replay.student.nodes[station.index].all_input_nodes[0]
@@ -467,7 +470,12 @@ class _Sweep:
             torch.zeros(groups, wide, dtype=torch.float64),
         )
         # Without an intercept: at the padded border a constant would not be a constant.
-        found = regress(moments, _moved(zero, layer), ridge=1e-4, intercept=False)
+        present = self.present.get(station.name)
+        present = None if present is None else present.reshape(groups, narrow)
+        found = regress(moments, _moved(zero, layer), ridge=1e-4, intercept=False, present=present)
+        if isinstance(layer, _Transposed):
+            mixed = torch.tensordot(found.weight[0], twin.weight.double(), dims=1)
+            return mixed.to(layer.weight)
         grouped = twin.weight.double().reshape(groups, -1, wide, twin.weight[0, 0].numel())
         mixed = torch.einsum("gowt,gnw->gont", grouped, found.weight)
         return mixed.reshape(layer.weight.shape).to(layer.weight)
@@ -488,7 +496,8 @@ class _Sweep:
                 continue
             port = space.consumers[0]
             layer = _plain_layer(self.student, port.module)
-            if layer is None or port.groups > 1 or port.repeat > 1:
+            plain = layer is not None and not isinstance(layer, _Transposed)
+            if layer is None or not plain or port.groups > 1 or port.repeat > 1:
                 continue
             size = JointMoments.size(*_sizes(layer))
             if port.module in callable_once and 3 * size <= self.memory:
@@ -503,16 +512,15 @@ class _Sweep:
         for port in space.consumers:
             module = self.student.get_submodule(port.module)
             weight = getattr(module, port.parameter)
-            width = weight.shape[1] * port.groups
+            width = weight.shape[port.axis] * port.groups
             mask = self.present.setdefault(
                 port.module, torch.ones(width, dtype=torch.bool, device=weight.device)
             )
             mine = stays[port.start : port.start + port.channels].to(weight.device)
             stretch = slice(port.offset, port.offset + port.channels * port.repeat)
             mask[stretch] &= mine.repeat_interleave(port.repeat)
-            by_group = mask.reshape(port.groups, 1, weight.shape[1])
-            rows = weight.reshape(port.groups, -1, *weight.shape[1:])
-            rows.mul_(by_group.reshape(*by_group.shape, *(1 for _ in weight.shape[2:])))
+            rows = weight.movedim(port.axis, 1).unflatten(0, (port.groups, -1))
+            rows.mul_(mask.reshape(port.groups, 1, -1, *(1 for _ in weight.shape[2:])))
 
     def _choose(self, name: str, moments: JointMoments, start: Affine) -> None:
         """Choose the channels of the spaces that a layer reads, and that are not decided yet."""
@@ -559,12 +567,21 @@ def _plain_layer(model: nn.Module, name: str) -> _Layer | None:
         layer = model.get_submodule(name) if name else None
     except AttributeError:
         return None
-    if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
+    if not isinstance(layer, _Layer):
         return None
     # A subclass may do something else, and a standardised weight is not the one that is stored.
     known = find_module_rule(layer, RULES) is not None and not isinstance(layer, STANDARDIZED)
     own = not parametrize.is_parametrized(layer) and isinstance(layer.weight, nn.Parameter)
     return layer if known and own else None
+
+
+def _inputs(layer: _Layer) -> int:
+    """Return the number of channels that an output reads."""
+    return layer.weight.shape[1 - output_axis(layer)]
+
+
+def _outputs(layer: _Layer) -> int:
+    return layer.weight.shape[output_axis(layer)]
 
 
 def _sizes(layer: _Layer) -> tuple[int, int, int]:

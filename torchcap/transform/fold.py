@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from torchcap.graph.rules import STANDARDIZED
 from torchcap.graph.spaces import Fold
+from torchcap.graph.weights import output_axis
 from torchcap.transform.student import HOOKS
 
 
@@ -48,13 +49,14 @@ def absorb(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Return the weight and bias, in float64, of a layer that also does what its norm does."""
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, nn.Parameter)  # noqa: S101 - the reading has checked it
-    variance = _tensor(norm, "running_var", 1.0, weight)
+    variance = _tensor(norm, "running_var", 1.0, weight)  # folded norms have statistics
     scale = torch.rsqrt(variance + float(norm.eps))  # type: ignore[arg-type]
     scale = scale * _tensor(norm, "weight", 1.0, weight)
     shift = _tensor(norm, "bias", 0.0, weight) - _tensor(norm, "running_mean", 0.0, weight) * scale
     if isinstance(bias, Tensor):
         shift = shift + bias.double() * scale
-    wide = scale.reshape(-1, *(1 for _ in weight.shape[1:]))
+    axis = output_axis(layer)
+    wide = scale.reshape(*(-1 if d == axis else 1 for d in range(weight.dim())))
     return weight.double() * wide, shift
 
 
@@ -62,7 +64,7 @@ def _tensor(norm: nn.Module, name: str, default: float, like: Tensor) -> Tensor:
     value = getattr(norm, name, None)
     if isinstance(value, Tensor):
         return value.detach().double()
-    return torch.full(like.shape[:1], default, dtype=torch.float64, device=like.device)
+    return torch.full((), default, dtype=torch.float64, device=like.device)
 
 
 def _like(old: nn.Parameter, value: Tensor) -> nn.Parameter:

@@ -11,10 +11,12 @@ import torch
 from timm.models.vgg import ConvMlp
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from torchcap.graph.sizes import Place
 from torchcap.graph.spaces import ChannelSpace, Port, SpaceGraph
+from torchcap.graph.weights import output_axis
 from torchcap.plan.plan import Plan
 from torchcap.projection.maps import Projection, Selection, Stiefel
 from torchcap.projection.parametrizations import ProjectAxis, ProjectInput, ProjectOutput, Segment
@@ -115,8 +117,8 @@ def _register(
     length = _stored(module, axis.parameter).shape[axis.axis] * axis.groups
     segments = _segments(found, length, projections)
     parametrization: ProjectAxis
-    if axis.axis == 1 and axis.parameter == "weight":
-        parametrization = ProjectInput(segments, groups=axis.groups)
+    if any(port in space.consumers for port, space in found):
+        parametrization = ProjectInput(segments, groups=axis.groups, axis=axis.axis)
     else:
         owned = [homeless.pop(space.name) for _, space in found if space.name in homeless]
         parametrization = ProjectOutput(segments, owned=owned, axis=axis.axis)
@@ -169,16 +171,11 @@ def _segments(
 
 def _set_width_(module: nn.Module, parameter: str, axis: int, width: int) -> None:
     """Set the size attributes of a layer after one axis of a parameter got a new width."""
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and parameter == "weight":
-        if axis == 1:
-            module.in_channels = width
-        else:
-            module.out_channels = width
+    written = axis == output_axis(module)
+    if isinstance(module, _ConvNd) and parameter == "weight":
+        setattr(module, "out_channels" if written else "in_channels", width)
     elif isinstance(module, nn.Linear) and parameter == "weight":
-        if axis == 1:
-            module.in_features = width
-        else:
-            module.out_features = width
+        setattr(module, "out_features" if written else "in_features", width)
     elif isinstance(module, _NormBase):
         module.num_features = width
     elif isinstance(module, nn.GroupNorm):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchcap.batches import Batches, as_batch, check_iterable
 from torchcap.errors import DataError, PlanError, TorchcapError
 from torchcap.graph.spaces import ChannelSpace, Port, SpaceGraph
+from torchcap.graph.weights import TRANSPOSED_CONVOLUTIONS
 from torchcap.plan.plan import Plan
 from torchcap.projection.initialize import Initializer, Readout, SpaceContext
 from torchcap.projection.moments import SecondMoments, input_patches, output_rows
@@ -316,8 +317,10 @@ def _collect(model: nn.Module, spaces: list[ChannelSpace], data: Batches) -> _Mo
 
 
 def _new_reading(model: nn.Module, port: Port) -> _Reading:
-    weight = getattr(model.get_submodule(port.module), port.parameter)
-    taps = port.repeat * weight[0, 0].numel()
+    layer = model.get_submodule(port.module)
+    weight = getattr(layer, port.parameter)
+    kernel = 1 if isinstance(layer, TRANSPOSED_CONVOLUTIONS) else weight[0, 0].numel()
+    taps = port.repeat * kernel
     whole = port.channels * taps <= FULL_MOMENT_FEATURES
     features = port.channels * (taps if whole else 1)
     return _Reading(port, taps, SecondMoments(features, device=weight.device), whole)
@@ -369,9 +372,16 @@ class _Watch:
     readings: list[_Reading]
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        patches = input_patches(layer, args[0], max_rows=ROWS_PER_BATCH)
+        patches = _rows_read(layer, args[0])
         for reading in self.readings:
             reading.update(patches)
+
+
+def _rows_read(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return what a layer multiplies with its weight, ``(groups, rows, features)``."""
+    if isinstance(layer, TRANSPOSED_CONVOLUTIONS):  # every position by itself
+        return output_rows(layer, x, max_rows=ROWS_PER_BATCH).unsqueeze(0)
+    return input_patches(layer, x, max_rows=ROWS_PER_BATCH)
 
 
 @dataclass(slots=True)
