@@ -10,6 +10,7 @@ rewrites the model.
 
 from importlib.metadata import version as _version
 
+from torchcap.budget import plan_for as plan_for
 from torchcap.checkpoint.contents import Contents as Contents
 from torchcap.checkpoint.load import describe as describe
 from torchcap.checkpoint.load import load as load
@@ -145,6 +146,7 @@ __all__ = [
     "measure_latency",
     "mixture_loss",
     "odd_then_even",
+    "plan_for",
     "plot_plan",
     "plot_sensitivity",
     "plot_tradeoff",

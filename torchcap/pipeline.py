@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -16,36 +14,32 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from torchcap import processes
 from torchcap.batches import Batch, Batches, Source, as_source
+from torchcap.budget import Measurements
 from torchcap.digest import digest
 from torchcap.errors import (
-    DataError,
     ModelError,
     NothingToCompressError,
     PlanError,
     RecipeError,
-    StateError,
 )
 from torchcap.graph.analyze import Reader
-from torchcap.graph.inputs import ExampleInputs, as_inputs
+from torchcap.graph.inputs import ExampleInputs
 from torchcap.graph.rules import Target
 from torchcap.graph.spaces import SpaceGraph
 from torchcap.graph.trace import shadow
 from torchcap.graph.values import Rule
-from torchcap.plan.allocate import allocate
 from torchcap.plan.latency import LatencyTable
 from torchcap.plan.plan import Plan
 from torchcap.plan.sensitivity import Sensitivity
 from torchcap.projection.initialize import GreedySelection, Initializer, LargestNorm
-from torchcap.training.clock import measure_latency
 from torchcap.training.fit import cross_entropy
-from torchcap.training.measure import sensitivity
 from torchcap.training.progress import OnProgress, Watch
 from torchcap.training.projections import train_round
 from torchcap.training.recipe import ClosedForm, Projections, Recipe
 from torchcap.training.relax import train_kernels
 from torchcap.training.rounds import Round
 from torchcap.training.solve import select, solve_layers
-from torchcap.training.state import StateFile, check_folder, write_text
+from torchcap.training.state import StateFile
 from torchcap.training.taps import TeacherPass, expansion
 from torchcap.transform.balance import balance_
 from torchcap.transform.fold import fold_
@@ -222,23 +216,15 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
         )
     reader = Reader(leaves, rules, streams)
     graph = reader(model, example_inputs)
-    kept = _Measurements(model, source, example_inputs, seed, state, on_progress, reader)
-    if any(budget is not None for budget in (macs, params, activations, latency_ms)):
+    budgets: dict[str, Any] = {
+        "macs": macs, "params": params, "activations": activations, "latency_ms": latency_ms
+    }  # fmt: skip
+    kept = None
+    if any(budget is not None for budget in budgets.values()):
         if plan is not None or ratio is not None:
             raise PlanError("give a budget, a plan or a ratio: only one of them")
-        kept.check_folder()
-        if latency_ms is not None and latency is None:
-            latency = kept.latency()
-        curves = kept.curves() if curves is None else curves
-        plan = allocate(
-            graph,
-            curves,
-            macs=macs,
-            params=params,
-            activations=activations,
-            latency_ms=latency_ms,
-            latency=latency,
-        )
+        kept = Measurements(model, source, example_inputs, seed, state, on_progress, reader)
+        plan = kept.plan(graph, curves, latency, **budgets)
     elif curves is not None or latency is not None:
         raise PlanError(
             "curves= and latency= are for a budget: give macs=, params=, activations= or "
@@ -257,7 +243,8 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
     run = _Run(model, graph, plan, recipe, source, file, reader, on_progress)
     small = run.result()
     file.remove()
-    kept.remove()
+    if kept is not None:
+        kept.remove()
     return small
 
 
@@ -267,91 +254,6 @@ def _in_words(source: Source) -> str:
     shapes = [f"{tuple(t.shape)} {t.dtype}" for t in first.tensors]
     labels = "no labels" if first.labels is None else f"labels {tuple(first.labels.shape)}"
     return ", ".join([f"{len(source)} batches", *shapes, labels])
-
-
-@dataclass(slots=True)
-class _Measurements:
-    """What a budget is shared out by; kept beside the state of a run, so that it can go on."""
-
-    model: nn.Module
-    source: Source | None
-    example_inputs: ExampleInputs | None
-    seed: int
-    state: Path | str | None
-    on_progress: OnProgress | None
-    reader: Reader
-    made: list[Path] = field(default_factory=list)
-
-    def check_folder(self) -> None:
-        """Check that there is a place for files, before any work is done."""
-        if self.state is not None:
-            check_folder(Path(self.state))
-
-    def curves(self) -> Sensitivity:
-        """Measure what the spaces lose."""
-        if self.source is None:
-            raise DataError(
-                "a budget is shared out by what every space loses, which is measured on images: "
-                "give data=, or curves= from torchcap.sensitivity()"
-            )
-        return sensitivity(
-            self.model,
-            self.source,
-            example_inputs=self.example_inputs,
-            seed=self.seed,
-            cache=self._path("curves"),
-            on_progress=self.on_progress,
-            **self._reading(),
-        )
-
-    def latency(self) -> LatencyTable:
-        """Measure what the layers take; another time it would be something else."""
-        path, text = self._path("latency"), ""
-        if processes.rank() == 0 and path is not None and path.exists():
-            text = self._read(path)
-        elif processes.rank() == 0:
-            reading = self._reading()
-            text = measure_latency(self.model, self.example_inputs, **reading).to_json()
-            if path is not None:
-                write_text(path, json.dumps({"of": self._clocked(), "table": text}))
-        return LatencyTable.from_json(processes.shared_text(text))
-
-    def remove(self) -> None:
-        """Remove what was kept: the run is done."""
-        for path in self.made if processes.rank() == 0 else ():
-            path.unlink(missing_ok=True)
-
-    def _path(self, kind: str) -> Path | None:
-        if self.state is None:
-            return None
-        self.made.append(Path(f"{self.state}.{kind}"))
-        return self.made[-1]
-
-    def _read(self, path: Path) -> str:
-        try:
-            content = json.loads(path.read_text("utf-8"))
-            of, table = content["of"], str(content["table"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StateError(
-                f"{str(path)!r} cannot be read as measured times ({error}); remove it to begin anew"
-            ) from error
-        if of != self._clocked():
-            raise StateError(
-                f"{str(path)!r} holds times of another model, or of other inputs; give another "
-                "state, or remove it to begin anew"
-            )
-        return table
-
-    def _clocked(self) -> list[str]:
-        """Return what was timed, in words."""
-        inputs = as_inputs(self.example_inputs) if self.example_inputs is not None else None
-        values = [] if inputs is None else [*inputs.args, *inputs.kwargs.values()]
-        shapes = [f"{tuple(v.shape)} {v.dtype}" for v in values if isinstance(v, Tensor)]
-        return [digest(self.model.state_dict(), repr(self.model)), *shapes]
-
-    def _reading(self) -> dict[str, Any]:
-        reader = self.reader
-        return {"leaves": reader.leaves, "rules": reader.rules, "streams": reader.streams}
 
 
 class _Run(Generic[M]):

@@ -219,6 +219,9 @@ def _add_budget(parser: ArgumentParser) -> argparse._MutuallyExclusiveGroup:
     for name, what in budgets.items():
         one.add_argument(f"--{name}", type=float, metavar="B", help=f"{what}: a share, or a number")
     one.add_argument("--latency-ms", type=float, metavar="MS", help="milliseconds of a forward")
+    add = group.add_argument
+    add("--latency-batch", type=_count, default=1, metavar="N", help="images of that forward (1)")
+    add("--multiple-of", type=_count, default=1, metavar="N", help="what is kept is so (1)")
     return one
 
 

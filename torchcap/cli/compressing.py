@@ -17,11 +17,10 @@ from torchcap.batches import as_batch
 from torchcap.checkpoint.load import load
 from torchcap.checkpoint.save import save
 from torchcap.cli.console import Bars, Result
-from torchcap.cli.deciding import leftovers, read_text, resolve_plan, shared_latency
+from torchcap.cli.deciding import decide, leftovers, read_text
 from torchcap.cli.folders import open_data
 from torchcap.cli.models import Network, open_network
 from torchcap.errors import FileError, StateError
-from torchcap.graph.analyze import analyze
 from torchcap.pipeline import compress
 from torchcap.plan.plan import Plan
 from torchcap.report import compare
@@ -143,12 +142,7 @@ def measure(
 def _plan(options: Namespace, network: Network, train: Batches, bars: Bars) -> Plan:
     if options.plan is not None:
         return Plan.from_json(read_text(options.plan))
-    graph = analyze(network.model, network.example, streams=options.streams)
-    times = None
-    if options.latency_ms is not None:
-        times = shared_latency(network, options, Path(f"{options.state}.latency"))
-    cache = Path(f"{options.state}.curves")
-    return resolve_plan(options, network, graph, train, times, bars, cache)
+    return decide(options, network, train, None, bars, options.state)
 
 
 def _check_state(options: Namespace) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchcap import processes
+from torchcap.budget import Measurements, plan_for
 from torchcap.cli.console import Bars, Result, table
 from torchcap.cli.folders import open_data
 from torchcap.cli.models import Network, open_network
 from torchcap.errors import FileError, PlanError
-from torchcap.graph.analyze import analyze
+from torchcap.graph.analyze import Reader, analyze
 from torchcap.graph.spaces import SpaceGraph
-from torchcap.plan.allocate import allocate
 from torchcap.plan.cost import cost
 from torchcap.plan.latency import LatencyTable, predict_latency
 from torchcap.plan.plan import Plan
@@ -87,15 +87,15 @@ def plan_command(options: Namespace, bars: Bars) -> Result:
         return _difference(*options.diff)
     measured = _has_budget(options) and options.curves is None and options.data is not None
     network = open_network(options, trained=measured)
-    graph = analyze(network.model, network.example, streams=options.streams)
-    times = _latency_table(options, network)
+    times = _latency_table(options, network, bars)
     data = open_data(options, network)[0] if measured else None
-    plan = resolve_plan(options, network, graph, data, times, bars)
+    plan = decide(options, network, data, times, bars)
     if processes.rank() == 0:
         if options.out is not None:
             write_text(options.out, plan.to_json())
         if options.plot is not None:
             plot_plan(plan, path=options.plot)
+    graph = analyze(network.model, network.batch(options.latency_batch), streams=options.streams)
     costs = _predicted(graph, plan, times)
     rows = [
         ("predicted", "full width", "planned", "kept"),
@@ -107,76 +107,57 @@ def plan_command(options: Namespace, bars: Bars) -> Result:
     return Result(text, {"plan": plan.to_dict(), "predicted": predicted})
 
 
-def resolve_plan(
+def decide(
     options: Namespace,
     network: Network,
-    graph: SpaceGraph,
     data: Batches | None,
     times: LatencyTable | None,
     bars: Bars,
-    cache: Path | None = None,
+    state: Path | None = None,
 ) -> Plan:
     """Return the plan that the arguments ask for.
 
     Args:
         options: ``ratio``, ``curves``, and the budgets.
         network: the model.
-        graph: its spaces.
         data: what curves are measured on, if there are none.
-        times: of its layers, for ``latency_ms``.
+        times: of its layers, for ``latency_ms``; None to measure them.
         bars: show the progress.
-        cache: file that keeps the curves while they are measured.
+        state: of a run, beside which measurements are kept.
 
     Raises:
         PlanError: if a budget is given, and neither curves nor images; or it cannot be reached.
     """
     if not _has_budget(options):
-        return Plan.uniform(graph, 0.5 if options.ratio is None else options.ratio)
-    if options.curves is not None:
-        curves = Sensitivity.from_json(read_text(options.curves))
-    elif data is not None:
-        curves = sensitivity(
-            network.model,
-            data,
-            example_inputs=network.example,
-            seed=options.seed,
-            cache=cache,
-            on_progress=bars,
-            streams=options.streams,
+        graph = analyze(network.model, network.example, streams=options.streams)
+        return Plan.uniform(
+            graph, 0.5 if options.ratio is None else options.ratio, multiple_of=options.multiple_of
         )
-    else:
+    if options.curves is None and data is None:
         raise PlanError(
             "a budget is shared out by what every space loses: give --curves FILE, from "
             "`torchcap sensitivity`, or --data DIR to measure it now"
         )
-    return allocate(
-        graph,
-        curves,
+    return plan_for(
+        network.model,
+        data,
         macs=options.macs,
         params=options.params,
         activations=options.activations,
         latency_ms=options.latency_ms,
+        curves=_curves(options),
         latency=times,
+        multiple_of=options.multiple_of,
+        example_inputs=network.batch(options.latency_batch),
+        seed=options.seed,
+        state=state,
+        on_progress=bars,
+        streams=options.streams,
     )
 
 
-def shared_latency(network: Network, options: Namespace, cache: Path | None = None) -> LatencyTable:
-    """Time the layers of a model for one image; the first process's times hold for all.
-
-    Args:
-        network: the model.
-        options: ``streams``.
-        cache: file that keeps the table: another time it would be something else.
-    """
-    text = ""
-    if processes.rank() == 0 and cache is not None and cache.exists():
-        text = read_text(cache)
-    elif processes.rank() == 0:
-        found = measure_latency(network.model, network.example, streams=options.streams)
-        text = found.to_json()
-        if cache is not None:
-            write_text(cache, text)
-    return LatencyTable.from_json(processes.shared_text(text))
+def _curves(options: Namespace) -> Sensitivity | None:
+    return None if options.curves is None else Sensitivity.from_json(read_text(options.curves))
 
 
 def leftovers(state: Path) -> list[Path]:
@@ -202,10 +183,14 @@ def _has_budget(options: Namespace) -> bool:
     return any(budget is not None for budget in budgets)
 
 
-def _latency_table(options: Namespace, network: Network) -> LatencyTable | None:
+def _latency_table(options: Namespace, network: Network, bars: Bars) -> LatencyTable | None:
     if options.latency is not None:
         return LatencyTable.from_json(read_text(options.latency))
-    return None if options.latency_ms is None else shared_latency(network, options)
+    if options.latency_ms is None:
+        return None
+    batch = network.batch(options.latency_batch)
+    reader = Reader(streams=options.streams)
+    return Measurements(network.model, None, batch, options.seed, None, bars, reader).latency()
 
 
 def _predicted(

@@ -212,13 +212,17 @@ class Call:
     def _passed(self, node: fx.Node, ids: Ids) -> bool:
         """Whether some of these channels have been met on the way to a node."""
         waiting, seen = [node], {node}
+        wanted = set(ids.ravel().tolist())
+        tried: set[int] = set()  # most operators hand on the very array that they are given
         while waiting:
             for before in waiting.pop().all_input_nodes:
                 if before in seen:
                     continue
                 value = self.values.get(before)
-                if isinstance(value, Channels | Heads) and bool(np.isin(ids, value.ids).any()):
-                    return True
+                if isinstance(value, Channels | Heads) and id(value.ids) not in tried:
+                    if not wanted.isdisjoint(value.ids.ravel().tolist()):
+                        return True
+                    tried.add(id(value.ids))
                 seen.add(before)
                 waiting.append(before)
         return False
