@@ -31,6 +31,7 @@ from torchcap import (
     compress,
     cost,
     measure_latency,
+    plan_for,
     predict_latency,
     sensitivity,
 )
@@ -278,6 +279,28 @@ def test_interrupted_budget_goes_on_to_the_same_model(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("budget", [{"macs": 0.6}, {"params": 0.6}, {"latency_ms": 1e3}])
+def test_the_plan_that_compress_follows_for_a_budget(budget: dict, tmp_path: Path) -> None:
+    model, state = built(Residual), tmp_path / "run"
+    plan = plan_for(model, batches(), **budget, state=state)
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert kept == {"run.curves", "run.latency"} if "latency_ms" in budget else {"run.curves"}
+    recipe = Recipe.seconds()
+    small = compress(model, batches(), **budget, recipe=recipe, state=state)
+    same = compress(model, batches(), plan=plan, recipe=recipe)
+    assert all(map(torch.equal, small.state_dict().values(), same.state_dict().values()))
+
+
+def test_limits_of_a_plan_go_on_to_the_allocation() -> None:
+    model = built(Residual)
+    curves = sensitivity(model, batches(), shares=SHARES)
+    first, *_ = analyze(model, images(1)).free
+    limits = {"multiple_of": 2, "fixed": [first.name], "minimum": 0.5}
+    plan = plan_for(model, curves=curves, macs=0.8, example_inputs=images(1), **limits)
+    assert plan == allocate(analyze(model, images(1)), curves, macs=0.8, **limits)
+    assert plan.ranks.get(first.name, first.channels) == first.channels
+
+
 def test_budget_and_plan_are_too_much() -> None:
     model = built(Residual)
     plan = Plan.uniform(analyze(model, images(1)), 0.5)
@@ -305,8 +328,9 @@ def test_times_of_other_inputs_are_not_gone_on_with(tmp_path: Path) -> None:
     model, state = built(Residual), tmp_path / "run"
     curves = sensitivity(model, batches(), shares=SHARES)
     how = {"latency_ms": 1e3, "curves": curves, "recipe": Recipe.minutes(2), "state": state}
+    layers = len(measure_latency(model, images(2), seconds=1e-4).layers)
     with pytest.raises(Interrupted):
-        compress(model, batches(), **how, on_progress=stop_after(1))
+        compress(model, batches(), **how, on_progress=stop_after(layers + 1))
     assert (tmp_path / "run.latency").exists()
     with pytest.raises(StateError, match="of other inputs"):
         compress(model, batches(size=3), **how)

@@ -113,7 +113,15 @@ def _examine(name: str, wishes: Wishes, record: Record, keep: Callable[[Record],
     record["stage"] = "analyze"
     keep(record)
     began = time.process_time()
-    graph = torchcap.analyze(model, inputs)
+    try:
+        graph = torchcap.analyze(model, inputs)
+    except torchcap.ExampleInputsError:
+        if not inputs_are_meta(inputs):
+            raise
+        model = build(name)  # its forward looks at values
+        inputs = example_inputs(name, model)
+        began = time.process_time()
+        graph = torchcap.analyze(model, inputs)
     record["analyze_seconds"] = time.process_time() - began
     record.update(facts(model, graph))
     keep(record)
@@ -197,6 +205,10 @@ def build_for_reading(name: str) -> tuple[nn.Module, Any]:
     except Exception:  # a constructor that looks at values
         model = build(name)
         return model, example_inputs(name, model)
+
+
+def inputs_are_meta(inputs: Any) -> bool:
+    return any(tensor.is_meta for tensor in tensors_of(inputs))
 
 
 def build_for_proofs(name: str, record: Record) -> tuple[nn.Module, Any]:

@@ -27,7 +27,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import get_notrace_functions, is_notrace_module
+from timm.layers import BatchNormAct2d, get_notrace_functions, is_notrace_module
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -468,12 +468,60 @@ def _propagate_shapes(reading: Traced, model: nn.Module, inputs: Inputs) -> None
         set_mode(graph_module, training=False)
         with torch.no_grad(), _hooks_watched(reading), _noted(reading):
             try:
-                _FakePropagation(graph_module, fake).propagate(*values)
+                with _shapes_alone(graph_module):
+                    _FakePropagation(graph_module, fake).propagate(*values)
             except _LOOKS_AT_VALUES:  # then it is run on real ones
                 reading.ran.clear()
                 _RealPropagation(graph_module).run(*values)
     except Exception as error:  # a user's forward may raise anything on a wrong shape
         raise _misfit(model, mode, values, error) from error
+
+
+@contextlib.contextmanager
+def _shapes_alone(model: nn.Module) -> Iterator[None]:
+    """Let norms and recurrent layers give tensors of the right shape, and no more, for a while.
+
+    Fake tensors take them apart into many operators, which is most of the time of a reading.
+    """
+    changed = []
+    for module in model.modules():
+        forward = _SHAPES.get(type(module))
+        if forward is not None:
+            module.forward = partial(forward, module)
+            changed.append(module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+
+
+def _normed(norm: nn.Module, x: Tensor) -> Any:
+    kept: Any = torch.empty_like(x)
+    for name in ("drop", "act"):  # those of timm hold more
+        inner = getattr(norm, name, None)
+        kept = kept if inner is None else inner(kept)
+    return kept
+
+
+def _remembered(layer: nn.RNNBase, x: Any, hx: Any = None) -> Any:
+    if not isinstance(x, Tensor):  # packed sequences
+        return type(layer).forward(layer, x, hx)
+    directions = 2 if layer.bidirectional else 1
+    width = layer.proj_size or layer.hidden_size
+    output = x.new_empty(*x.shape[:-1], directions * width)
+    images = () if x.dim() == 2 else (x.shape[0 if layer.batch_first else 1],)
+    hidden, cell = (
+        x.new_empty(directions * layer.num_layers, *images, size)
+        for size in (width, layer.hidden_size)
+    )
+    return output, ((hidden, cell) if isinstance(layer, nn.LSTM) else hidden)
+
+
+_SHAPES: Mapping[type[nn.Module], Callable[..., Any]] = {
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d), _normed),
+    **dict.fromkeys((nn.RNN, nn.GRU, nn.LSTM), _remembered),
+}
 
 
 def _misfit(
