@@ -83,6 +83,25 @@ class Grouped:
 
 
 @dataclass(frozen=True)
+class Transposed:
+    """A transposed convolution; one with groups keeps its channels."""
+
+    width: int
+    stride: int
+    groups: int = 1
+    norm: bool = False
+    act: str = "relu"
+
+    def build(self, channels: int) -> tuple[nn.Module, int]:
+        groups = gcd(channels, self.width, self.groups)
+        up = nn.ConvTranspose2d(
+            channels, self.width, 3, self.stride, padding=self.stride, groups=groups, bias=self.norm
+        )
+        norms = [nn.BatchNorm2d(self.width)] if self.norm else []
+        return nn.Sequential(up, *norms, ACTIVATIONS[self.act]()), self.width
+
+
+@dataclass(frozen=True)
 class Standardised:
     width: int
     scaled: bool
@@ -609,6 +628,7 @@ layers = st.one_of(
     st.builds(Depthwise, st.integers(1, 2), st.booleans(), acts),
     st.builds(Grouped, st.sampled_from([2, 3, 4]), st.integers(1, 3)),
     st.builds(Standardised, widths, st.booleans()),
+    st.builds(Transposed, widths, st.just(1), st.integers(1, 2), st.booleans(), acts),
     st.builds(Norm, st.sampled_from(sorted(NORMS))),
     st.builds(Pointwise, acts, st.booleans()),
     st.builds(Pool, st.sampled_from(["max", "average"])),

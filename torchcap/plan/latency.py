@@ -40,11 +40,14 @@ class LayerTimes:
         outputs: sizes of the weight's first axis, rising.
         inputs: sizes of its second axis, rising.
         milliseconds: a row for each of ``outputs``, a column for each of ``inputs``.
+        steps: how finely times follow the two widths: libraries compute channels in blocks, and
+            one of 16 takes as long with one channel in it as with all.
     """
 
     outputs: tuple[int, ...]
     inputs: tuple[int, ...]
     milliseconds: tuple[tuple[float, ...], ...]
+    steps: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
         shape = (len(self.outputs), len(self.inputs))
@@ -60,12 +63,14 @@ class LayerTimes:
             raise PlanError(f"widths of a layer have to rise; got {self.outputs}, {self.inputs}")
         if not all(isfinite(t) and t >= 0 for row in self.milliseconds for t in row):
             raise PlanError("times of a layer are finite and not negative")
+        if len(self.steps) != 2 or min(self.steps) < 1:
+            raise PlanError(f"steps of a layer's widths are two numbers above 0; got {self.steps}")
 
     def at(self, outputs: Vector, inputs: Vector) -> Vector:
-        """Return the times at some widths, linear between those measured, as far as these go."""
+        """Return the times at some widths: of whole steps, linear between those measured."""
         table = np.array(self.milliseconds)
-        y, low_y, high_y = _between(outputs, self.outputs)
-        x, low_x, high_x = _between(inputs, self.inputs)
+        y, low_y, high_y = _between(_rounded(outputs, self.steps[0]), self.outputs)
+        x, low_x, high_x = _between(_rounded(inputs, self.steps[1]), self.inputs)
         low = table[low_y, low_x] * (1 - x) + table[low_y, high_x] * x
         high = table[high_y, low_x] * (1 - x) + table[high_y, high_x] * x
         return low * (1 - y) + high * y
@@ -252,6 +257,10 @@ def _at(size: Size, ranks: Vector) -> Vector:
     return np.asarray(size.base + size.parts @ ranks)
 
 
+def _rounded(widths: Vector, step: int) -> Vector:
+    return np.ceil(np.asarray(widths) / step) * step
+
+
 def _between(
     values: Vector, grid: Sequence[int]
 ) -> tuple[Vector, np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -267,4 +276,5 @@ def _between(
 
 def _layer_times(entry: Mapping[str, Any]) -> LayerTimes:
     rows = tuple(tuple(map(float, row)) for row in entry["milliseconds"])
-    return LayerTimes(tuple(map(int, entry["outputs"])), tuple(map(int, entry["inputs"])), rows)
+    outputs, inputs, steps = (tuple(map(int, entry[n])) for n in ("outputs", "inputs", "steps"))
+    return LayerTimes(outputs, inputs, rows, steps)  # type: ignore[arg-type] # checked there

@@ -7,6 +7,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from typing import Any, Final
 
@@ -43,6 +44,12 @@ COLD_BYTES: Final = 2**26
 """Weights of a layer are taken in turns until they are as large as this: more than caches hold."""
 
 
+STEPS: Final = (8, 16, 32)
+"""Channels that libraries compute together, of which one is looked for."""
+
+LEAST_RISE: Final = 0.05
+"""Share of a time by which it has to rise over a large step, to say something of smaller ones."""
+
 MOST_TURNS: Final = 64
 """Weights of a small layer that are taken in turns; in a network they would stay in the cache."""
 
@@ -72,7 +79,8 @@ def measure_latency(
     """Time the layers of a model at several widths, on the device where it is.
 
     Every layer is timed alone, with as many outputs and inputs as its spaces may leave it, in
-    evaluation mode with its batch norm folded, and its weights not in the cache. All else (norms
+    evaluation mode with its batch norm folded, and its weights not in the cache. What one channel
+    more than a block takes tells how finely its times follow the widths. All else (norms
     that don't fold, activations, sums, what Python takes) is what the whole network takes beyond
     that, at full width and at a quarter of it.
 
@@ -113,10 +121,10 @@ def measure_latency(
     layers: dict[str, LayerTimes] = {}
     for number, (name, found) in enumerate(calls.items(), start=1):
         layer = folded.get_submodule(name)
-        grid = _grid(sizes, name, layer, widths)
-        key = (str(layer), tuple(found), *grid)  # layers of one shape are timed once
+        free = _free_axes(sizes, name)
+        key = (str(layer), tuple(found), free)  # layers of one shape are timed once
         if key not in known:
-            known[key] = _layer_times(layer, found, *grid, memory=memory, seconds=seconds)
+            known[key] = _layer_times(layer, found, free, widths, memory=memory, seconds=seconds)
         layers[name] = known[key]
         if on_progress is not None:
             slowest = known[key].milliseconds[-1][-1]
@@ -157,24 +165,15 @@ def _calls(model: nn.Module, graph: SpaceGraph, inputs: Inputs) -> dict[str, lis
     return found
 
 
-def _grid(
-    sizes: Sizes, name: str, layer: nn.Module, widths: Sequence[float]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the sizes of a layer's weight, along its first two axes, that it is timed with."""
+def _free_axes(sizes: Sizes, name: str) -> tuple[bool, bool]:
+    """Return whether the size of a layer's weight varies, along each of its first two axes."""
     tensor = weight_of(name)
-    shape = layer.weight.shape
-    assert isinstance(shape, torch.Size)  # noqa: S101 - of a convolution or linear layer
-    grid = []
-    for axis in (0, 1):
-        free = tensor in sizes.graph.tensors and bool(sizes(tensor, axis).parts.any())
-        step = _step(layer) if axis == 0 else 1
-        shares = widths if free else (1.0,)
-        full = shape[axis] // step
-        grid.append(tuple(sorted({step * max(1, math.ceil(full * s)) for s in (*shares, 1.0)})))
-    return grid[0], grid[1]
+    known = tensor in sizes.graph.tensors  # tied or parametrized weights never change
+    rows, columns = (known and bool(sizes(tensor, axis).parts.any()) for axis in (0, 1))
+    return rows, columns
 
 
-def _step(layer: nn.Module) -> int:
+def _multiple(layer: nn.Module) -> int:
     """Return what the number of a layer's outputs is a multiple of."""
     groups = getattr(layer, "groups", 1)
     return len(layer.weight) // groups if _is_depthwise(layer) else groups  # type: ignore[arg-type]
@@ -194,20 +193,41 @@ def _width_written(layer: nn.Module, weight: Tensor) -> int:
 def _layer_times(
     layer: nn.Module,
     calls: Sequence[_Call],
-    outputs: tuple[int, ...],
-    inputs: tuple[int, ...],
+    free: tuple[bool, bool],
+    widths: Sequence[float],
     *,
     memory: Tensor,
     seconds: float,
 ) -> LayerTimes:
-    rows = tuple(
-        tuple(
-            sum(_milliseconds(layer, call, rows, columns, memory, seconds) for call in calls)
-            for columns in inputs
-        )
-        for rows in outputs
-    )
-    return LayerTimes(outputs, inputs, rows)
+    shape = layer.weight.shape
+    assert isinstance(shape, torch.Size)  # noqa: S101 - of a convolution or linear layer
+
+    def taken(rows: int, columns: int) -> float:
+        return sum(_milliseconds(layer, call, rows, columns, memory, seconds) for call in calls)
+
+    of_rows, of_columns = partial(taken, columns=shape[1]), partial(taken, shape[0])
+    steps = [1, 1]
+    grid = []
+    for axis, of_axis in enumerate((of_rows, of_columns)):
+        multiple = _multiple(layer) if axis == 0 else 1
+        if free[axis] and multiple == 1:
+            steps[axis] = multiple = _step(of_axis, shape[axis])
+        shares = widths if free[axis] else ()
+        rounded = (multiple * max(1, math.ceil(shape[axis] * s / multiple)) for s in shares)
+        grid.append(tuple(sorted({*(min(n, shape[axis]) for n in rounded), shape[axis]})))
+    times = tuple(tuple(taken(rows, columns) for columns in grid[1]) for rows in grid[0])
+    return LayerTimes(grid[0], grid[1], times, (steps[0], steps[1]))
+
+
+def _step(milliseconds: Callable[[int], float], full: int) -> int:
+    """Return how finely times follow a width, by what one channel more than a block takes."""
+    span = max((step for step in STEPS if 2 * step <= full), default=1)
+    low = full // 2 // span * span
+    before, one_more, after = (milliseconds(low + more) for more in (0, 1, span))
+    if span == 1 or after - before < LEAST_RISE * after:
+        return 1
+    share = (one_more - before) / (after - before)
+    return min((1, *(s for s in STEPS if s <= span)), key=lambda step: abs(share - step / span))
 
 
 @torch.inference_mode()
