@@ -5,11 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from nets import NETS
-from proofs import random_plan, random_student
-from torch import nn
+from proofs import counted_cost, random_plan, random_student
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from torchcap import Plan, PlanError, SpaceGraph, analyze, cost, materialize
+from torchcap import (
+    Plan,
+    PlanError,
+    SpaceGraph,
+    analyze,
+    cost,
+    materialize,
+    measure_latency,
+    predict_latency,
+)
 from torchcap.plan.cost import LayerCost, layer_costs
 from torchcap.report import compare
 
@@ -48,6 +57,30 @@ def test_depthwise_convolution_costs_its_taps_alone() -> None:
     _, depthwise, *_ = layer_costs(graph, Plan.of(graph, {"expand": 5, "project": 4}))
     assert depthwise.shape == (5, 1, 3, 3)
     assert (depthwise.macs, depthwise.parameters) == (128 * 9 * 5, 9 * 5 + 5)
+
+
+@pytest.mark.parametrize("widths", [{}, {"kdim": 6, "vdim": 4}])
+def test_projections_of_an_attention_of_torch_are_linear_layers(widths: dict[str, int]) -> None:
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attend = nn.MultiheadAttention(8, 2, batch_first=True, **widths)
+            self.fc1, self.fc2 = nn.Linear(8, 12), nn.Linear(12, 3)
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return self.fc2(self.fc1(self.attend(q, value=v, key=k)[0]).relu())
+
+    model = Attending().eval()
+    k, v = (torch.randn(2, 7, widths.get(name, 8)) for name in ("kdim", "vdim"))
+    inputs = torch.randn(2, 5, 8), k, v
+    graph = analyze(model, inputs)
+    macs, parameters = counted_cost(model, inputs)
+    assert (cost(graph).macs, cost(graph).parameters) == (macs, parameters)
+    assert compare(model, model, inputs, batch_sizes=()).model.macs == macs
+    assert cost(graph, Plan.of(graph, {"fc1": 6})).macs == macs - 10 * 6 * (8 + 3)
+    table = measure_latency(model, inputs, widths=(0.5,), seconds=1e-4)
+    assert set(table.layers) == {"fc1", "fc2"}
+    assert predict_latency(graph, None, table) == pytest.approx(table.whole)
 
 
 def test_calls_of_one_layer_are_summed() -> None:

@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,7 +29,7 @@ from torchcap.errors import ExampleInputsError, ModelError
 from torchcap.graph.inputs import ExampleInputs, Inputs, as_inputs, default_inputs
 from torchcap.graph.rules import COUNTED
 from torchcap.graph.spaces import LayerCall
-from torchcap.graph.weights import layer_call
+from torchcap.graph.weights import layer_calls
 from torchcap.plan.cost import LayerCost, costs_of_calls
 from torchcap.training.relax import evaluating
 
@@ -387,17 +388,16 @@ def _calls(model: nn.Module, inputs: Inputs) -> list[LayerCall]:
     """Run a model once and return the calls of its convolutions and linear layers."""
     calls: list[LayerCall] = []
 
-    def note(path: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(layer: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001 - of a hook
-            calls.append(layer_call(path, layer, output))
-
-        return hook
+    def note(path: str, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        calls.extend(layer_calls(path, layer, args, kwargs, output))
 
     with contextlib.ExitStack() as hooks:
         for path, module in model.named_modules():
             if isinstance(module, COUNTED):
                 # Before the hooks of others, which may change what the layer gives.
-                handle = module.register_forward_hook(note(path), prepend=True)
+                handle = module.register_forward_hook(
+                    partial(note, path), prepend=True, with_kwargs=True
+                )
                 hooks.callback(handle.remove)
         _run(model, inputs)
     return calls

@@ -45,7 +45,7 @@ from torchcap.graph.spaces import (
 from torchcap.graph.taps import find_sights
 from torchcap.graph.trace import LeafRule, Traced, Tracing, trace
 from torchcap.graph.values import Call, Channels, Extent, Heads, Held, Rule, Value, flat, opaque
-from torchcap.graph.weights import layer_call
+from torchcap.graph.weights import layer_calls
 
 
 def analyze(
@@ -381,7 +381,7 @@ class _Reading:
 
     def _fix_auxiliary_layers(self) -> None:
         """Fix what auxiliary heads write: evaluation never runs them, so nothing is gained."""
-        called = {path for path, _ in self.tracing.ran}
+        called = {run.path for run in self.tracing.ran}
         for axis in self.table.axes.values():
             if axis.role == "producer" and axis.module not in called:
                 self.table.fix(axis.ids, f"{axis.module!r} runs in training mode only")
@@ -416,10 +416,10 @@ class _Reading:
         return found
 
     def _calls(self) -> Iterator[LayerCall]:
-        for path, result in self.tracing.ran:
-            module = self.model.get_submodule(path)
-            if isinstance(module, COUNTED) and isinstance(result, Tensor):
-                yield layer_call(path, module, result)
+        for run in self.tracing.ran:
+            module = self.model.get_submodule(run.path)
+            if isinstance(module, COUNTED):
+                yield from layer_calls(run.path, module, run.args, run.kwargs, run.output)
 
 
 def _no_rule_for_heads(call: Call) -> Value:

@@ -106,7 +106,9 @@ CONVOLUTIONS: tuple[type[nn.Module], ...] = (
 )
 STANDARDIZED: tuple[type[nn.Module], ...] = CONVOLUTIONS[4:]
 LINEARS: tuple[type[nn.Module], ...] = (nn.Linear, TimmLinear)
-COUNTED: tuple[type[nn.Module], ...] = CONVOLUTIONS + LINEARS + TRANSPOSED_CONVOLUTIONS
+COUNTED: tuple[type[nn.Module], ...] = (
+    *CONVOLUTIONS, *LINEARS, *TRANSPOSED_CONVOLUTIONS, nn.MultiheadAttention
+)  # fmt: skip
 """The layers whose multiply-adds are counted."""
 
 BATCH_NORMS: tuple[type[nn.Module], ...] = (

@@ -48,7 +48,7 @@ from torchcap.graph.inputs import (
     placeholder_values,
 )
 from torchcap.graph.sizes import Place, reads_noted, track_sizes_
-from torchcap.graph.watch import Watched, watch_forward
+from torchcap.graph.watch import Run, Watched, watch_forward
 
 LeafRule = Callable[[nn.Module], bool]
 
@@ -80,8 +80,8 @@ class Traced:
         piece: qualified name of the module whose forward this is, ``""`` for the model's own.
         unread: qualified names of the modules that stand in the graph as one operator because their
             forward cannot be traced, with what stopped it.
-        ran: (qualified name, output) of every module that runs, in the order in which they end,
-            those inside of unread modules too; outputs are fake tensors.
+        ran: the calls of all modules, in the order in which they end, those inside of unread
+            modules too; tensors are fake.
         pinned: the sizes that the forward computes with.
         inputs: what the forward was traced for; None where the graph was given.
         alone: whether this is an evaluation graph of what could not be traced in training mode.
@@ -94,7 +94,7 @@ class Traced:
     mode: str
     piece: str = ""
     unread: Mapping[str, str] = field(default_factory=dict)
-    ran: list[tuple[str, Any]] = field(default_factory=list)
+    ran: list[Run] = field(default_factory=list)
     pinned: Set[Place] = frozenset()
     inputs: Inputs | None = None
     alone: bool = False
@@ -108,13 +108,13 @@ class Tracing:
 
     Attributes:
         graphs: of the model and of pieces, the evaluation graph of each before its training graph.
-        ran: (qualified name, output) of every module that runs in one evaluation forward.
+        ran: the calls of all modules in one evaluation forward.
         past: module -> why it is not changed: something goes past the forward that was traced.
         unseen: attributes that are read by forwards which cannot be traced.
     """
 
     graphs: tuple[Traced, ...]
-    ran: list[tuple[str, Any]]
+    ran: list[Run]
     past: Mapping[str, str] = field(default_factory=dict)
     unseen: Set[Place] = frozenset()
 
@@ -496,7 +496,8 @@ def _shapes_alone(model: nn.Module) -> Iterator[None]:
             del module.forward
 
 
-def _normed(norm: nn.Module, x: Tensor) -> Any:
+def _normed(norm: nn.Module, *args: Tensor, **kwargs: Tensor) -> Any:
+    (x,) = args or kwargs.values()
     kept: Any = torch.empty_like(x)
     for name in ("drop", "act"):  # those of timm hold more
         inner = getattr(norm, name, None)
@@ -504,9 +505,10 @@ def _normed(norm: nn.Module, x: Tensor) -> Any:
     return kept
 
 
-def _remembered(layer: nn.RNNBase, x: Any, hx: Any = None) -> Any:
+def _remembered(layer: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
+    x = args[0] if args else kwargs["input"]
     if not isinstance(x, Tensor):  # packed sequences
-        return type(layer).forward(layer, x, hx)
+        return type(layer).forward(layer, *args, **kwargs)
     directions = 2 if layer.bidirectional else 1
     width = layer.proj_size or layer.hidden_size
     output = x.new_empty(*x.shape[:-1], directions * width)
@@ -539,11 +541,11 @@ def _misfit(
 def _noted(reading: Traced) -> Iterator[None]:
     """Note the modules that run, with their outputs, for a while."""
 
-    def note(path: str, _module: nn.Module, _args: Any, output: Any) -> None:
-        reading.ran.append((path, output))
+    def note(path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        reading.ran.append(Run(path, args, kwargs, output))
 
     handles = [
-        module.register_forward_hook(partial(note, path))
+        module.register_forward_hook(partial(note, path), with_kwargs=True)
         for path, module in reading.module.named_modules()
         if path
     ]

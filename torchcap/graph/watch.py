@@ -7,10 +7,10 @@ can be traced one by one; and whether something goes past them, so that they may
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,21 +22,36 @@ from torchcap.graph.sizes import Place, reads_noted
 _SHOWS_NO_VALUE = {Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__}  # type: ignore[attr-defined]
 
 
+class Run(NamedTuple):
+    """One call of a module.
+
+    Attributes:
+        path: qualified name of the module.
+        args: what it was given by position.
+        kwargs: what it was given by name.
+        output: what it gave.
+    """
+
+    path: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    output: Any
+
+
 @dataclass(slots=True)
 class Watched:
     """What one forward has shown.
 
     Attributes:
         inputs: positional and named arguments of the first call of each module.
-        ran: (qualified name, output) of every call, in the order in which they ended; outputs are
-            on the meta device.
+        ran: every call, in the order in which they ended; tensors are on the meta device.
         callers: module -> the modules that were running when it was called.
         reads: attribute of a module -> the modules that were running when it was read.
         read_by_others: module -> another one that ran while a tensor of the first was read.
     """
 
     inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
-    ran: list[tuple[str, Any]] = field(default_factory=list)
+    ran: list[Run] = field(default_factory=list)
     callers: dict[str, set[str]] = field(default_factory=dict)
     read_by_others: dict[str, str] = field(default_factory=dict)
     reads: dict[Place, set[str]] = field(default_factory=dict)
@@ -73,7 +88,7 @@ def _hooked(model: nn.Module, watched: Watched, running: list[str]) -> Iterator[
         start, end = partial(_start, path, watched, running), partial(_end, path, watched, running)
         handles += [
             module.register_forward_pre_hook(start, with_kwargs=True),
-            module.register_forward_hook(end, always_call=True),
+            module.register_forward_hook(end, with_kwargs=True, always_call=True),
         ]
     try:
         yield
@@ -96,10 +111,16 @@ def _start(
 
 
 def _end(
-    path: str, watched: Watched, running: list[str], _module: nn.Module, _args: Any, output: Any
+    path: str,
+    watched: Watched,
+    running: list[str],
+    _module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
 ) -> None:
     running.pop()
-    watched.ran.append((path, tree_map(_on_meta, output)))
+    watched.ran.append(Run(path, *tree_map(_on_meta, (args, kwargs, output))))
 
 
 def _on_meta(value: Any) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from math import prod
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,8 +25,41 @@ def output_axis(layer: nn.Module) -> int:
     return 1 if isinstance(layer, TRANSPOSED_CONVOLUTIONS) else 0
 
 
-def layer_call(path: str, layer: nn.Module, output: Tensor) -> LayerCall:
-    """Return what a convolution or linear layer of that name did to put out a tensor."""
+def layer_calls(
+    path: str, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+) -> Iterator[LayerCall]:
+    """Yield what one call of a layer of that name has done.
+
+    Args:
+        path: its qualified name.
+        layer: a convolution or linear layer, or ``nn.MultiheadAttention``, which holds linear
+            layers that it does not call.
+        args: what it was given by position.
+        kwargs: what it was given by name.
+        output: what it put out.
+    """
+    if isinstance(layer, nn.MultiheadAttention):
+        named = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs)
+        yield from _attention_calls(path, layer, *(named[n] for n in ("query", "key", "value")))
+    elif isinstance(output, Tensor):
+        yield _layer_call(path, layer, output)
+
+
+def _attention_calls(
+    path: str, layer: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor
+) -> Iterator[LayerCall]:
+    """Yield the projections of an attention; its products of queries, keys and values are none."""
+    width = layer.embed_dim
+    counts = [x.numel() // x.shape[-1] for x in (query, key, value)]
+    if layer._qkv_same_embed_dim:  # one weight for all three
+        yield LayerCall(path, sum(counts), (width, width), sum(counts))
+    else:
+        for name, x, count in zip("qkv", (query, key, value), counts, strict=True):
+            yield LayerCall(f"{path}.{name}_proj", count, (width, x.shape[-1]), count)
+    yield LayerCall(f"{path}.out_proj", counts[0], (width, width), counts[0])
+
+
+def _layer_call(path: str, layer: nn.Module, output: Tensor) -> LayerCall:
     shape = tuple(getattr(layer, "weight").shape)  # noqa: B009 - of no known type
     if not isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
         written = output.numel() // shape[0]

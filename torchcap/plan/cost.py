@@ -2,8 +2,9 @@
 
 Convention: one multiply-add counts as one, and only convolutions and linear layers count, in
 evaluation mode on the example inputs. This is what fvcore reports for its operators ``conv`` and
-``linear``; it counts norms and pools besides. Convolutions that are called as functions are not
-counted.
+``linear``; it counts norms and pools besides. The projections of ``nn.MultiheadAttention`` count as
+linear layers. What no layer does is not counted: products of queries, keys and values, and
+convolutions and linear maps that are called as functions.
 """
 
 from __future__ import annotations

@@ -141,17 +141,19 @@ class LatencyPrice:
         self._table = table
         constant = 0.0
         for name in dict.fromkeys(call.module for call in sizes.graph.calls):
+            tensor = weight_of(name)
+            axes = [sizes(tensor, a) for a in (0, 1)] if tensor in sizes.graph.tensors else []
+            if name not in table.layers and not any(size.parts.any() for size in axes):
+                continue  # it is part of the rest: a projection of nn.MultiheadAttention, say
             if name not in table.layers:
                 raise PlanError(
                     f"layer {name!r} of {graph.model!r} is not in the latency table, which was "
                     f"measured on {table.model!r}; measure this model: measure_latency(model)"
                 )
             times = table.layers[name]
-            tensor = weight_of(name)
-            if tensor in sizes.graph.tensors:
-                axes = sizes(tensor, 0), sizes(tensor, 1)
+            if axes:
                 _check_widths(name, times, axes, sizes.graph.tensors[tensor])
-                self._layers.append((times, *axes))
+                self._layers.append((times, axes[0], axes[1]))
             else:
                 constant += times.milliseconds[-1][-1]
         self._rest = _scaled_rest(graph, table, constant)
@@ -240,7 +242,7 @@ def _bilinear(times: LayerTimes, outputs: Size, inputs: Size, spaces: tuple[str,
 
 
 def _check_widths(
-    name: str, times: LayerTimes, axes: tuple[Size, Size], shape: tuple[int, ...]
+    name: str, times: LayerTimes, axes: Sequence[Size], shape: tuple[int, ...]
 ) -> None:
     """Raise a PlanError if a layer was measured at other widths than it may get."""
     for axis, grid in enumerate((times.outputs, times.inputs)):

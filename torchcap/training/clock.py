@@ -142,19 +142,20 @@ def measure_latency(
 
 def _calls(model: nn.Module, graph: SpaceGraph, inputs: Inputs) -> dict[str, list[_Call]]:
     """Return the calls of every layer in one forward."""
-    names = dict.fromkeys(call.module for call in graph.calls)
-    found: dict[str, list[_Call]] = {name: [] for name in names}
+    modules = dict(model.named_modules())
+    names = [n for n in dict.fromkeys(call.module for call in graph.calls) if n in modules]
+    names = [n for n in names if not isinstance(modules[n], nn.MultiheadAttention)]
+    found: dict[str, list[_Call]] = {}
 
     def noting(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             (x, *_others) = args or tuple(kwargs.values())  # it may be given by name
-            found[name].append(_Call(tuple(x.shape), x.dtype))
+            found.setdefault(name, []).append(_Call(tuple(x.shape), x.dtype))
 
         return note
 
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(noting(name), with_kwargs=True)
-        for name in names
+        modules[name].register_forward_pre_hook(noting(name), with_kwargs=True) for name in names
     ]
     try:
         with torch.inference_mode():
