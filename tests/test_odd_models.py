@@ -234,6 +234,18 @@ class Transforming(nn.Module):
         return self.last(self.t(x, x[:, :3]))
 
 
+@odd("transformer of torch, with padding", "t.layers.0.linear1 t.layers.1.linear1", TOKENS)
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+        self.t, self.last = nn.TransformerEncoder(layer, 2), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = x[..., 0] > 1
+        return self.last(self.t(x, src_key_padding_mask=padding).sum(1))
+
+
 @odd("attention of torch", "fc1", TOKENS, embed=r"'attend' \(MultiheadAttention\)")
 class Attending(nn.Module):
     def __init__(self) -> None:

@@ -80,7 +80,7 @@ def test_a_norm_folds_along_the_outputs(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding", "dilation", "extra", "asked"),
     [(2, 2, 0, 1, 0, None), (5, 3, 2, 2, 1, None), (1, 4, 0, 1, 3, None), (3, 2, 1, 1, 0, 14),
-     (3, 1, 1, 3, 2, None)],
+     (3, 1, 1, 3, 2, None), (2, 1, 1, 2, 1, 7)],
 )  # fmt: skip
 def test_their_cost_is_that_of_fvcore(groups, kernel, stride, padding, dilation, extra, asked):
     class Net(nn.Module):
@@ -134,6 +134,48 @@ def test_solving_puts_a_regression_in_front_of_their_kernels(model: nn.Module) -
     methods = {solved.layer: solved for solved in solution.layers}
     assert {methods["up"].method, methods["large"].method} <= {"mixing", "kept"}
     assert all(solved.after <= solved.before for solved in solution.layers)
+
+
+class Sized(nn.Module):
+    """A transposed convolution that is told the size of its output, and its input by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(3, 8, 3, 2, 1)
+        self.up = nn.ConvTranspose2d(8, 6, 3, 2, 1)
+        self.last = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = self.down(x).relu()
+        return self.last(self.up(output_size=x.shape[2:], input=low).relu())
+
+
+def test_one_that_is_told_its_size_is_not_solved() -> None:
+    model = built(Sized)
+    small = compress(model, batches(), ratio=0.5, recipe=Recipe.seconds())
+    assert small.up.weight.shape[:2] == (4, 3)
+    solution = torchcap.solve(small, model, batches())
+    assert "up" not in {solved.layer for solved in solution.layers}
+    assert set(torchcap.measure_latency(model, images(1), seconds=1e-4).layers) == {
+        "down", "up", "last"
+    }  # fmt: skip
+
+
+class Own(nn.ConvTranspose2d):
+    """A class of its own."""
+
+
+def test_bias_of_a_folded_norm_has_its_place_in_the_file(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(
+            Own(3, 12, 2, 2, bias=False), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 2, 1)
+        )
+
+    model = built(build)
+    small = compress(model, example_inputs=images(1), ratio=0.75)
+    torchcap.save(small, tmp_path / "small.safetensors")
+    loaded = torchcap.load(tmp_path / "small.safetensors", model=build())
+    assert torch.equal(loaded(images(1)), small(images(1)))
 
 
 def test_they_are_saved_and_loaded(model: nn.Module, tmp_path: Path) -> None:

@@ -44,6 +44,11 @@ class Batch:
         """The tensors among the arguments."""
         return [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)]
 
+    def named(self) -> dict[str, Tensor]:
+        """Return the tensors and the labels, by name."""
+        labels = {} if self.labels is None else {"labels": self.labels}
+        return {str(number): tensor for number, tensor in enumerate(self.tensors)} | labels
+
     @property
     def inputs(self) -> tuple[Any, ...] | Mapping[str, Any]:
         """The arguments, as example inputs have them."""

@@ -253,7 +253,9 @@ def _in_words(source: Source) -> str:
     first = source.first()
     shapes = [f"{tuple(t.shape)} {t.dtype}" for t in first.tensors]
     labels = "no labels" if first.labels is None else f"labels {tuple(first.labels.shape)}"
-    return ", ".join([f"{len(source)} batches", *shapes, labels])
+    content, again = (digest(batch.named()) for batch in (first, source.first()))
+    known = [f"the first one {content}"] if content == again else []  # nothing new is drawn
+    return ", ".join([f"{len(source)} batches", *shapes, labels, *known])
 
 
 class _Run(Generic[M]):

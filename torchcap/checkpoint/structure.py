@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torchcap.checkpoint.contents import Attribute, Contents, Layer, is_plain
 from torchcap.errors import FileError
 from torchcap.graph.rules import BATCH_NORMS, STANDARDIZED
+from torchcap.graph.weights import output_axis
 from torchcap.transform.fold import plain_convolution, remainder, replace_
 from torchcap.transform.materialize import erase_identities_
 
@@ -217,7 +218,8 @@ def _add_bias_(layer: nn.Module) -> None:
     """Give a layer the bias that a folded norm leaves, if it can have one and has none."""
     weight = layer._parameters.get("weight")
     if weight is not None and layer._parameters.get("bias", weight) is None:
-        layer.bias = nn.Parameter(weight.new_empty(weight.shape[:1]), weight.requires_grad)
+        width = weight.shape[output_axis(layer)]  # norms fold into layers without groups there
+        layer.bias = nn.Parameter(weight.new_empty(width), weight.requires_grad)
 
 
 def _set_sizes_(module: nn.Module, wanted: Mapping[str, Attribute]) -> None:

@@ -27,6 +27,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, get_notrace_functions, is_notrace_module
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import (
@@ -147,11 +148,12 @@ def trace(
         ExampleInputsError: if the example inputs are missing, or the model does not accept them.
     """
     inputs = default_inputs(model) if example_inputs is None else as_inputs(example_inputs)
-    if isinstance(model, fx.GraphModule):
-        given = Traced(fx.GraphModule(shadow(model), _copy_graph(model.graph)), {}, "eval")
-        _propagate_shapes(given, model, inputs)
-        return Tracing((given,), given.ran)
-    return _Search(model, inputs, is_leaf).tracing()
+    with _plain_transformers():
+        if isinstance(model, fx.GraphModule):
+            given = Traced(fx.GraphModule(shadow(model), _copy_graph(model.graph)), {}, "eval")
+            _propagate_shapes(given, model, inputs)
+            return Tracing((given,), given.ran)
+        return _Search(model, inputs, is_leaf).tracing()
 
 
 class _Search:
@@ -420,7 +422,6 @@ def _graph_of(
         with (
             warnings.catch_warnings(action="ignore"),  # of frozen arguments that are not asserted
             reads_noted(model, read.add),
-            _without_fast_attention(),
         ):
             return reader.trace(model.get_submodule(piece), concrete_args=concrete), read
     except Exception as error:  # a user's forward may raise anything on a proxy
@@ -429,14 +430,26 @@ def _graph_of(
 
 
 @contextlib.contextmanager
-def _without_fast_attention() -> Iterator[None]:
-    """Keep the transformers of ``torch.nn`` to the operators that they are made of, for a while."""
+def _plain_transformers() -> Iterator[None]:
+    """Keep the transformers of ``torch.nn`` to the operators that they are made of, for a while.
+
+    What turns their masks into numbers looks at dtypes; it becomes one operator.
+    """
     before = torch.backends.mha.get_fastpath_enabled()
+    canonical = F._canonical_mask
     torch.backends.mha.set_fastpath_enabled(False)
+    F._canonical_mask = partial(_mask_as_operator, canonical)
     try:
         yield
     finally:
+        F._canonical_mask = canonical
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _mask_as_operator(canonical: Callable[..., Any], mask: Any, **options: Any) -> Any:
+    if not isinstance(mask, fx.Proxy):
+        return canonical(mask, **options)
+    return mask.tracer.create_proxy("call_function", canonical, (mask,), options)
 
 
 def _integers(model: nn.Module) -> set[Place]:

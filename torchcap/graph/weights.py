@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,7 +41,7 @@ def layer_calls(
         named = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs)
         yield from _attention_calls(path, layer, *(named[n] for n in ("query", "key", "value")))
     elif isinstance(output, Tensor):
-        yield _layer_call(path, layer, output)
+        yield _layer_call(path, layer, layer_input(args, kwargs), output)
 
 
 def _attention_calls(
@@ -59,32 +58,16 @@ def _attention_calls(
     yield LayerCall(f"{path}.out_proj", counts[0], (width, width), counts[0])
 
 
-def _layer_call(path: str, layer: nn.Module, output: Tensor) -> LayerCall:
+def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return what a layer reads, which may be given by place or by name."""
+    if args:
+        return args[0]
+    return kwargs["input"] if "input" in kwargs else next(iter(kwargs.values()))
+
+
+def _layer_call(path: str, layer: nn.Module, x: Tensor, output: Tensor) -> LayerCall:
     shape = tuple(getattr(layer, "weight").shape)  # noqa: B009 - of no known type
-    if not isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        written = output.numel() // shape[0]
-        return LayerCall(path, written, shape, written)
-    places = tuple(output.shape[output.dim() - len(layer.kernel_size) :])
-    images = output.numel() // (layer.out_channels * prod(places))
-    positions = images * prod(_places_read(layer, places))
-    return LayerCall(path, positions, shape, output.numel() // shape[1], output_axis(layer))
-
-
-def _places_read(
-    layer: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d, written: tuple[int, ...]
-) -> list[int]:
-    """Return the height and width of the image that a transposed convolution has read."""
-    found = []
-    for n, kernel, stride, padding, dilation, extra in zip(
-        written,
-        layer.kernel_size,
-        layer.stride,
-        layer.padding,
-        layer.dilation,
-        layer.output_padding,
-        strict=True,
-    ):
-        smallest = dilation * (kernel - 1) + 1 - 2 * int(padding)
-        # A call may ask for another size, but for less than a stride more.
-        found.append((n - smallest - (extra if extra >= stride else 0)) // stride + 1)
-    return found
+    axis = output_axis(layer)
+    written = output.numel() // shape[axis]
+    positions = written if axis == 0 else x.numel() // shape[0]
+    return LayerCall(path, positions, shape, written, axis)

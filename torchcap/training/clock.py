@@ -21,7 +21,7 @@ from torchcap.graph.inputs import ExampleInputs, Inputs, as_inputs, default_inpu
 from torchcap.graph.rules import Target
 from torchcap.graph.spaces import SpaceGraph
 from torchcap.graph.values import Rule
-from torchcap.graph.weights import output_axis
+from torchcap.graph.weights import layer_input, output_axis
 from torchcap.plan.cost import cost
 from torchcap.plan.latency import LatencyTable, LayerTimes, predict_latency
 from torchcap.plan.plan import Plan
@@ -149,7 +149,7 @@ def _calls(model: nn.Module, graph: SpaceGraph, inputs: Inputs) -> dict[str, lis
 
     def noting(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            (x, *_others) = args or tuple(kwargs.values())  # it may be given by name
+            x = layer_input(args, kwargs)
             found.setdefault(name, []).append(_Call(tuple(x.shape), x.dtype))
 
         return note

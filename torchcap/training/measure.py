@@ -39,6 +39,7 @@ from torchcap.projection.initialize import (
     eliminations_of,
     selection_matrix,
 )
+from torchcap.training.fit import cross_entropy
 from torchcap.training.progress import OnProgress, Progress
 from torchcap.training.replay import tensors_in
 from torchcap.training.state import write_text
@@ -111,7 +112,7 @@ def sensitivity(  # noqa: PLR0913 - an argument for each thing that may be said
     ranks = _ranks(graph, shares, spaces)
     identity = {
         "model": digest(model.state_dict(), repr(model)),
-        "data": processes.shared_text(digest(_named(first))),  # each process has its own part
+        "data": processes.shared_text(digest(first.named())),  # each process has its own part
         "ranks": {name: list(values) for name, values in ranks.items()},
         "images": images,
         "seed": seed,
@@ -134,9 +135,11 @@ def sensitivity(  # noqa: PLR0913 - an argument for each thing that may be said
     return replace(found, curves=tuple(found[name] for name in ranks))
 
 
-def _named(batch: Batch) -> dict[str, Tensor]:
-    labels = {} if batch.labels is None else {"labels": batch.labels}
-    return {str(number): tensor for number, tensor in enumerate(batch.tensors)} | labels
+def _labels(batch: Batch, output: Tensor) -> Tensor:
+    """Return the classes of a batch, after checking that they fit the scores of a model."""
+    cross_entropy(output, batch)
+    assert batch.labels is not None  # noqa: S101 - it has just been computed with
+    return batch.labels.argmax(1) if batch.labels.is_floating_point() else batch.labels
 
 
 def _ranks(
@@ -188,10 +191,10 @@ class _Trial:
         with torch.no_grad():
             self.outputs = [_class_scores(self.teacher, batch) for batch in self.batches]
         guesses = [output.argmax(1) for output in self.outputs]
-        pairs = list(zip(self.batches, guesses, strict=True))
-        labelled = all(b.labels is not None and b.labels.shape == g.shape for b, g in pairs)
+        pairs = list(zip(self.batches, self.outputs, strict=True))
+        given = [_labels(b, output) for b, output in pairs if b.labels is not None]
+        labelled = len(given) == len(pairs)
         self.metric: Metric = "accuracy" if labelled else "agreement"
-        given = [b.labels for b, _ in pairs if b.labels is not None]
         self.answers = given if labelled else guesses
         self.answered = _total(guess.numel() for guess in guesses)
         self.images = int(_total(len(guess) for guess in guesses))

@@ -148,12 +148,17 @@ class Replay:
         """Iterate over the calls of the layers, in the order of the forward.
 
         Layers that are called more than once are left out: one weight serves several inputs there.
+        So are calls with more than an input (the size that a transposed convolution should give).
         """
         calls: dict[str, list[int]] = {}
         for index, node in enumerate(self.student.nodes):
             if node.op == "call_module" and str(node.target) in layers:
                 calls.setdefault(str(node.target), []).append(index)
-        once = {name: index for name, (index, *more) in calls.items() if not more}
+        once = {
+            name: index
+            for name, (index, *more) in calls.items()
+            if not more and _only_reads(self.student.nodes[index])
+        }
         for name, index in sorted(once.items(), key=operator.itemgetter(1)):
             yield self._station(name, index, set(once.values()))
 
@@ -328,3 +333,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from tensors_in(item)
+
+
+def _only_reads(call: fx.Node) -> bool:
+    return len(call.args) + len(call.kwargs) == 1

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchcap.batches import Batches, as_batch, check_iterable
 from torchcap.errors import DataError, PlanError, TorchcapError
 from torchcap.graph.spaces import ChannelSpace, Port, SpaceGraph
-from torchcap.graph.weights import TRANSPOSED_CONVOLUTIONS
+from torchcap.graph.weights import TRANSPOSED_CONVOLUTIONS, layer_input
 from torchcap.plan.plan import Plan
 from torchcap.projection.initialize import Initializer, Readout, SpaceContext
 from torchcap.projection.moments import SecondMoments, input_patches, output_rows
@@ -364,7 +364,7 @@ def _given(
     kwargs: Mapping[str, Any],
 ) -> None:
     """Show a layer's arguments; its input may be given by name."""
-    see(layer, args or tuple(kwargs.values()))
+    see(layer, (layer_input(args, kwargs),))
 
 
 @dataclass(slots=True)
