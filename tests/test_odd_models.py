@@ -236,10 +236,11 @@ class Transforming(nn.Module):
 
 @odd("transformer of torch, with padding", "t.layers.0.linear1 t.layers.1.linear1", TOKENS)
 class Padded(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, *, nested: bool = False) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
-        self.t, self.last = nn.TransformerEncoder(layer, 2), nn.Linear(6, 3)
+        self.t = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)
+        self.last = nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         padding = x[..., 0] > 1
@@ -1157,3 +1158,10 @@ def test_forward_of_any_keyword_arguments_is_read() -> None:
 
     graph = analyze(Open(), torch.zeros(IMAGE))
     assert [space.name for space in graph.free] == ["first", "second"]
+
+
+def test_transformer_is_read_where_torch_would_nest_its_tensors() -> None:
+    before = torch.backends.mha.get_fastpath_enabled()
+    graph = analyze(Padded(nested=True).eval(), torch.randn(TOKENS))
+    assert {space.name for space in graph.free} == {"t.layers.0.linear1", "t.layers.1.linear1"}
+    assert torch.backends.mha.get_fastpath_enabled() == before
