@@ -24,6 +24,7 @@ ORDER = (
     "torchcap.graph.channels",
     "torchcap.graph.inputs",
     "torchcap.graph.watch",
+    "torchcap.graph.stand_ins",
     "torchcap.graph.trace",
     "torchcap.graph.escapes",
     "torchcap.graph.spaces",

@@ -27,8 +27,7 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, get_notrace_functions, is_notrace_module
+from timm.layers import get_notrace_functions, is_notrace_module
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -49,18 +48,10 @@ from torchcap.graph.inputs import (
     placeholder_values,
 )
 from torchcap.graph.sizes import Place, reads_noted, track_sizes_
+from torchcap.graph.stand_ins import TRANSFORMERS, plain_transformers, shapes_alone
 from torchcap.graph.watch import Run, Watched, watch_forward
 
 LeafRule = Callable[[nn.Module], bool]
-
-_TRANSFORMERS = (
-    nn.Transformer,
-    nn.TransformerEncoder,
-    nn.TransformerEncoderLayer,
-    nn.TransformerDecoder,
-    nn.TransformerDecoderLayer,
-)
-"""Modules of ``torch.nn`` that are made of others, and are read like those of a user."""
 
 _LOOKS_AT_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 
@@ -148,7 +139,7 @@ def trace(
         ExampleInputsError: if the example inputs are missing, or the model does not accept them.
     """
     inputs = default_inputs(model) if example_inputs is None else as_inputs(example_inputs)
-    with _plain_transformers():
+    with plain_transformers():
         if isinstance(model, fx.GraphModule):
             given = Traced(fx.GraphModule(shadow(model), _copy_graph(model.graph)), {}, "eval")
             _propagate_shapes(given, model, inputs)
@@ -301,7 +292,7 @@ class GraphReader(fx.Tracer):
         if module_qualified_name in self.unread or self._is_leaf(m):
             return True
         whole = super().is_leaf_module(m, module_qualified_name)
-        return whole and not isinstance(m, _TRANSFORMERS)
+        return whole and not isinstance(m, TRANSFORMERS)
 
     def call_module(
         self,
@@ -429,29 +420,6 @@ def _graph_of(
         raise _Untraceable(failed, _first_line(error)) from error
 
 
-@contextlib.contextmanager
-def _plain_transformers() -> Iterator[None]:
-    """Keep the transformers of ``torch.nn`` to the operators that they are made of, for a while.
-
-    What turns their masks into numbers looks at dtypes; it becomes one operator.
-    """
-    before = torch.backends.mha.get_fastpath_enabled()
-    canonical = F._canonical_mask
-    torch.backends.mha.set_fastpath_enabled(False)
-    F._canonical_mask = partial(_mask_as_operator, canonical)
-    try:
-        yield
-    finally:
-        F._canonical_mask = canonical
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-def _mask_as_operator(canonical: Callable[..., Any], mask: Any, **options: Any) -> Any:
-    if not isinstance(mask, fx.Proxy):
-        return canonical(mask, **options)
-    return mask.tracer.create_proxy("call_function", canonical, (mask,), options)
-
-
 def _integers(model: nn.Module) -> set[Place]:
     return {
         Place(path, name)
@@ -481,62 +449,13 @@ def _propagate_shapes(reading: Traced, model: nn.Module, inputs: Inputs) -> None
         set_mode(graph_module, training=False)
         with torch.no_grad(), _hooks_watched(reading), _noted(reading):
             try:
-                with _shapes_alone(graph_module):
+                with shapes_alone(graph_module):
                     _FakePropagation(graph_module, fake).propagate(*values)
             except _LOOKS_AT_VALUES:  # then it is run on real ones
                 reading.ran.clear()
                 _RealPropagation(graph_module).run(*values)
     except Exception as error:  # a user's forward may raise anything on a wrong shape
         raise _misfit(model, mode, values, error) from error
-
-
-@contextlib.contextmanager
-def _shapes_alone(model: nn.Module) -> Iterator[None]:
-    """Let norms and recurrent layers give tensors of the right shape, and no more, for a while.
-
-    Fake tensors take them apart into many operators, which is most of the time of a reading.
-    """
-    changed = []
-    for module in model.modules():
-        forward = _SHAPES.get(type(module))
-        if forward is not None:
-            module.forward = partial(forward, module)
-            changed.append(module)
-    try:
-        yield
-    finally:
-        for module in changed:
-            del module.forward
-
-
-def _normed(norm: nn.Module, *args: Tensor, **kwargs: Tensor) -> Any:
-    (x,) = args or kwargs.values()
-    kept: Any = torch.empty_like(x)
-    for name in ("drop", "act"):  # those of timm hold more
-        inner = getattr(norm, name, None)
-        kept = kept if inner is None else inner(kept)
-    return kept
-
-
-def _remembered(layer: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
-    x = args[0] if args else kwargs["input"]
-    if not isinstance(x, Tensor):  # packed sequences
-        return type(layer).forward(layer, *args, **kwargs)
-    directions = 2 if layer.bidirectional else 1
-    width = layer.proj_size or layer.hidden_size
-    output = x.new_empty(*x.shape[:-1], directions * width)
-    images = () if x.dim() == 2 else (x.shape[0 if layer.batch_first else 1],)
-    hidden, cell = (
-        x.new_empty(directions * layer.num_layers, *images, size)
-        for size in (width, layer.hidden_size)
-    )
-    return output, ((hidden, cell) if isinstance(layer, nn.LSTM) else hidden)
-
-
-_SHAPES: Mapping[type[nn.Module], Callable[..., Any]] = {
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d), _normed),
-    **dict.fromkeys((nn.RNN, nn.GRU, nn.LSTM), _remembered),
-}
 
 
 def _misfit(
