@@ -82,6 +82,7 @@ from torchcap.training.solve import Solution as Solution
 from torchcap.training.solve import Solved as Solved
 from torchcap.training.solve import solve as solve
 from torchcap.transform.materialize import materialize as materialize
+from torchcap.transform.split import split_attention as split_attention
 from torchcap.transform.student import projection_parameters as projection_parameters
 
 __all__ = [
@@ -158,6 +159,7 @@ __all__ = [
     "save",
     "sensitivity",
     "solve",
+    "split_attention",
     "train_projections",
 ]
 

@@ -21,6 +21,7 @@ from torchcap.graph.rules import BATCH_NORMS, STANDARDIZED
 from torchcap.graph.weights import output_axis
 from torchcap.transform.fold import plain_convolution, remainder, replace_
 from torchcap.transform.materialize import erase_identities_
+from torchcap.transform.split import SplitAttention
 
 # The sizes of torch's own layers that count channels.
 _WIDTHS = {
@@ -39,6 +40,8 @@ _GEOMETRY = {"kernel_size", "stride", "padding", "dilation", "output_padding", "
 # timm's choice by what the machine has. The scale of the small model's scores depends on it.
 _CHOICES = {"fused_attn"}
 
+
+_SPLIT = f"{SplitAttention.__module__}.{SplitAttention.__qualname__}"
 
 # What every module has, and what only says where a model is from.
 _OWN_OF_MODULES = {*vars(nn.Module()), "training"}
@@ -91,6 +94,7 @@ def fit_(fresh: nn.Module, contents: Contents, tensors: Mapping[str, Tensor]) ->
     wanted = contents.structure
     if not _is_same_kind(_kind(fresh), wanted[""].kind):
         return
+    _split_attention_(fresh, wanted)
     _replace_folded_(fresh, wanted)
     for path, module in fresh.named_modules():
         if _join(path, "bias") in tensors:
@@ -212,6 +216,13 @@ def _replace_folded_(fresh: nn.Module, wanted: Mapping[str, Layer]) -> None:
             replace_(fresh, path, plain_convolution(module))
     if not modules.keys() <= wanted.keys():
         erase_identities_(fresh, erased)
+
+
+def _split_attention_(fresh: nn.Module, wanted: Mapping[str, Layer]) -> None:
+    for path, module in list(fresh.named_modules()):
+        split = path in wanted and wanted[path].kind == _SPLIT
+        if split and type(module) is nn.MultiheadAttention:
+            replace_(fresh, path, SplitAttention(module))
 
 
 def _add_bias_(layer: nn.Module) -> None:

@@ -63,6 +63,16 @@ def flattening(call: Call) -> Value:
     return _reshaped(call, x, sizes)
 
 
+def unflattening(call: Call) -> Value:
+    """``unflatten``: of channels into heads, or of another dimension."""
+    x, dim, sizes = (call.argument(n, name) for n, name in enumerate(("input", "dim", "sizes")))
+    known = isinstance(dim, int) and isinstance(sizes, tuple | list)
+    if call.module is None and known and isinstance(x, Channels) and dim % len(x.shape) == x.dim:
+        return _reshaped(call, x, (*call.shape[: x.dim], *sizes, *x.shape[x.dim + 1 :]))
+    pin_sizes(call)
+    return moving.unflattening(call)
+
+
 def _stands_alone(x: Channels, shape: tuple[int, ...]) -> bool:
     """Whether a reshape merges the channels with no other dimension."""
     group = next((old for old, _ in _groups(x.shape, shape) if x.dim in old), [])
@@ -167,6 +177,15 @@ def transposition(call: Call) -> Value:
         return call.give_up(call.unexpected)
     first, second = (d % len(x.shape) for d in pair)
     return _moved(call, x, [{first: second, second: first}.get(d, d) for d in range(len(x.shape))])
+
+
+def relocation(call: Call) -> Value:
+    """``movedim`` of heads."""
+    x, source, target = call.args[0], call.argument(1, "source"), call.argument(2, "destination")
+    if not isinstance(x, Heads):
+        return call.give_up(call.unexpected)
+    target_of = moving.relocated(len(x.shape), source, target)
+    return call.give_up(call.unexpected) if target_of is None else _moved(call, x, target_of)
 
 
 def _moved(call: Call, x: Heads, target: Sequence[int]) -> Heads:

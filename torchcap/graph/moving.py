@@ -210,11 +210,20 @@ def stacking(call: Call) -> Value:
 def relocation(call: Call) -> Value:
     """``movedim``: dimensions taken out and put in elsewhere."""
     x, source, target = call.args[0], call.argument(1, "source"), call.argument(2, "destination")
-    places = [v if isinstance(v, tuple | list) else (v,) for v in (source, target)]
-    if not isinstance(x, Channels) or not all(isinstance(d, int) for p in places for d in p):
+    if not isinstance(x, Channels):
         return call.give_up(call.unexpected)
-    numbered = torch.empty(*range(1, len(x.shape) + 1), device="meta")
-    return call.like(x, numbered.movedim(*map(tuple, places)).shape.index(x.dim + 1))
+    target_of = relocated(len(x.shape), source, target)
+    return call.give_up(call.unexpected) if target_of is None else call.like(x, target_of[x.dim])
+
+
+def relocated(dims: int, source: Value, target: Value) -> list[int] | None:
+    """Return where ``movedim`` puts each dimension; None if its arguments are no numbers."""
+    places = [v if isinstance(v, tuple | list) else (v,) for v in (source, target)]
+    if not all(isinstance(d, int) for p in places for d in p):
+        return None
+    numbered = torch.empty(*range(1, dims + 1), device="meta")
+    moved = list(numbered.movedim(*map(tuple, places)).shape)
+    return [moved.index(number) for number in range(1, dims + 1)]
 
 
 def picking(call: Call) -> Value:

@@ -64,7 +64,6 @@ from torchcap.graph.moving import (
     stacking,
     transposition,
     unbinding,
-    unflattening,
 )
 from torchcap.graph.operators import (
     addition,
@@ -236,7 +235,9 @@ RULES: Mapping[Target, Rule] = {
     **dict.fromkeys(_RESPONSE_NORMS, response_norm),
     **dict.fromkeys(TRANSPOSED_CONVOLUTIONS, transposed_convolution),
     **dict.fromkeys(_EVO_NORMS_OF_BATCHES, refusal("measures every batch")),
-    nn.MultiheadAttention: refusal("computes with all of its weights together"),
+    nn.MultiheadAttention: refusal(
+        "computes with all of its weights together; torchcap.split_attention(model) takes it apart"
+    ),
     GlobalResponseNorm: global_response_norm,
     ConvMlp: conv_mlp,
     BlurPool2d: blur_pool,
@@ -280,7 +281,7 @@ RULES: Mapping[Target, Rule] = {
     **dict.fromkeys((nn.Flatten, torch.flatten, "flatten"), flattening),
     **dict.fromkeys((torch.reshape, "reshape", "view"), reshaping),
     **dict.fromkeys(("reshape_as", "view_as"), reshaping_as),
-    **dict.fromkeys((nn.Unflatten, torch.unflatten, "unflatten"), unflattening),
+    **dict.fromkeys((nn.Unflatten, torch.unflatten, "unflatten"), heads.unflattening),
     **dict.fromkeys((nn.Unfold, F.unfold, nn.PixelUnshuffle, F.pixel_unshuffle), spreading),
     **dict.fromkeys((nn.Fold, F.fold, nn.PixelShuffle, F.pixel_shuffle), gathering),
     **dict.fromkeys((torch.squeeze, "squeeze"), removal),
@@ -318,6 +319,7 @@ RULES_ON_HEADS: Mapping[Target, Rule] = {
     "size": heads.size,
     **dict.fromkeys((torch.permute, "permute"), heads.permutation),
     **dict.fromkeys(_TRANSPOSITIONS, heads.transposition),
+    **dict.fromkeys((torch.movedim, "movedim", torch.moveaxis, "moveaxis"), heads.relocation),
     **dict.fromkeys((torch.unsqueeze, "unsqueeze"), heads.insertion),
     **dict.fromkeys((torch.flatten, "flatten"), heads.flattening),
     **dict.fromkeys((torch.reshape, "reshape", "view"), reshaping),
@@ -334,7 +336,7 @@ READS_HELD: frozenset[Rule] = frozenset({scaling, addition})
 """Rules that know what to do with a :class:`~torchcap.graph.values.Held` among their arguments."""
 
 BINDS_SIZES: frozenset[Rule] = frozenset(
-    {reshaping, splitting, item, heads.cutting, heads.item_of_heads}
+    {reshaping, splitting, item, heads.cutting, heads.item_of_heads, heads.unflattening}
 )
 """Rules that know what to do with a :class:`~torchcap.graph.sizes.Size` among their arguments."""
 
