@@ -276,6 +276,19 @@ def shadow(model: nn.Module) -> nn.Module:
         ) from error
 
 
+def _shadow_around(model: nn.Module, piece: str) -> nn.Module:
+    """Copy the structure of a piece of a model, at its place in an otherwise empty one."""
+    if not piece:
+        return shadow(model)
+    root = holder = nn.Module()
+    *outer, last = piece.split(".")
+    for name in outer:
+        inner = holder._modules[name] = nn.Module()
+        holder = inner
+    holder._modules[last] = shadow(model.get_submodule(piece))
+    return root
+
+
 class GraphReader(fx.Tracer):
     """A tracer that also notes which module call produced which value, and where it failed."""
 
@@ -362,7 +375,7 @@ def _trace_in_mode(
     mode = "train" if training else "eval"
     concrete = frozen_arguments(model.get_submodule(piece), inputs)
     # Some forwards keep what they compute on the module; a proxy kept there would spoil the model.
-    copied = shadow(model)
+    copied = _shadow_around(model, piece)
     set_mode(copied, training=training)
     inside = f"{piece}." if piece else ""
     leaves = {
@@ -377,7 +390,7 @@ def _trace_in_mode(
     if any(place in numbers for place in read):
         # To ``type(x) is int`` a size is none: then the program of plain numbers is the right one.
         plain = GraphReader(is_leaf, reader.unread)
-        other = shadow(model)
+        other = _shadow_around(model, piece)
         set_mode(other, training=training)
         same, _ = _graph_of(other, piece, plain, concrete)
         if signature(same) != signature(graph):
