@@ -6,6 +6,8 @@ handwritten digits, prepares it, trains the projections in a plain loop and mate
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -101,4 +103,5 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     main()

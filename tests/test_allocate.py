@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -245,6 +246,7 @@ BAD = {
     "no budget": ({}, "exactly one budget.*got none"),
     "two budgets": ({"macs": 0.5, "params": 0.5}, "exactly one budget.*macs, params"),
     "no channels left": ({"macs": 1e-6}, r"(?s)cannot be reached.*costs"),
+    "more than it costs": ({"macs": 1e9}, r"(?s)'ConvChain' as it is.*costs .* already"),
     "negative": ({"macs": -1.0}, "positive budget; got -1.0"),
     "not a number": ({"params": float("nan")}, "positive budget"),
     "a truth value": ({"macs": True}, "positive budget; got True"),
@@ -262,6 +264,19 @@ def test_bad_budget_is_refused(case: str) -> None:
     graph = read("ConvChain")
     with pytest.raises(PlanError, match=message):
         allocate(graph, curves_of(graph), **arguments)
+
+
+@pytest.mark.parametrize("name", ["macs", "params", "activations"])
+def test_budget_of_what_the_model_costs_is_allowed_and_more_is_not(name: str) -> None:
+    graph = read("ConvChain")
+    whole = cost(graph)
+    figure = {"macs": whole.macs, "params": whole.parameters, "activations": whole.activations}[
+        name
+    ]
+    plan = allocate(graph, curves_of(graph), **{name: figure})
+    assert plan.ranks == {"conv1": 8, "conv2": 6}
+    with pytest.raises(PlanError, match=f"costs {figure:,} already"):
+        allocate(graph, curves_of(graph), **{name: figure + 1})
 
 
 def test_curves_of_another_model_are_refused() -> None:
@@ -357,6 +372,47 @@ def test_what_is_no_table_is_refused(text: str) -> None:
         LatencyTable.from_json(text)
 
 
+EDITED_TABLES: dict[str, tuple[Any, str]] = {
+    "unknown key": (lambda d: d.update(wole=1.0), "unknown key 'wole'; did you mean 'whole'"),
+    "missing": (lambda d: d.pop("rest"), "it has no 'rest'"),
+    "not finite": (
+        lambda d: d.update(whole=float("nan")),
+        "'whole' must be a finite number; got nan",
+    ),
+    "huge": (lambda d: d.update(whole=10**400), "'whole' must be a finite number"),
+    "a list of layers": (lambda d: d.update(layers=[1]), r"'layers' must be an object.*got \[1\]"),
+    "unknown key of a layer": (
+        lambda d: d["layers"]["conv1"].update(step=[1, 1]),
+        "layer 'conv1' has an unknown key 'step'; did you mean 'steps'",
+    ),
+    "a number for a layer": (
+        lambda d: d["layers"].update(conv1=4),
+        "layer 'conv1' must be an object",
+    ),
+    "a truth value": (
+        lambda d: d["layers"]["conv1"].update(inputs=[True]),
+        "'inputs' of layer 'conv1' must be a whole number; got True",
+    ),
+    "negative": (
+        lambda d: d["layers"]["conv1"].update(milliseconds=[[-1.0]], outputs=[8], inputs=[3]),
+        "layer 'conv1': times of a layer are finite and not negative",
+    ),
+    "a row that is none": (
+        lambda d: d["layers"]["conv1"].update(milliseconds=[1.0]),
+        "'milliseconds' of layer 'conv1' must be a list; got 1.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EDITED_TABLES)
+def test_slip_in_a_latency_table_is_named_with_its_place(case: str) -> None:
+    edit, message = EDITED_TABLES[case]
+    data = json.loads(table_of(read("ConvChain")).to_json())
+    edit(data)
+    with pytest.raises(PlanError, match=message):
+        LatencyTable.from_json(json.dumps(data))
+
+
 def test_table_of_other_widths_or_spaces_is_refused() -> None:
     graph, table = read("Bottleneck"), table_of(read("Bottleneck"))
     name, times = next(iter(table.layers.items()))
@@ -394,6 +450,44 @@ def test_what_is_no_sensitivity_is_refused(text: str) -> None:
         Sensitivity.from_json(text)
 
 
+EDITED_CURVES: dict[str, tuple[Any, str]] = {
+    "unknown key": (lambda d: d.update(curvs=[]), "unknown key 'curvs'; did you mean 'curves'"),
+    "no curves": (lambda d: d.pop("curves"), "it has no 'curves'"),
+    "a word for a curve": (lambda d: d["curves"].insert(1, "a"), "curve 2 must be an object.*'a'"),
+    "curve of nothing": (lambda d: d["curves"][1].pop("space"), "curve 2 has no 'space'"),
+    "unknown key of a curve": (
+        lambda d: d["curves"][0].update(rank=[1]),
+        "the curve of space 'conv1' has an unknown key 'rank'; did you mean 'ranks'",
+    ),
+    "a word for ranks": (
+        lambda d: d["curves"][0].update(ranks="12"),
+        "'ranks' of the curve of space 'conv1' must be a list; got '12'",
+    ),
+    "half a channel": (
+        lambda d: d["curves"][0].update(channels=8.5),
+        "'channels' of .* whole number",
+    ),
+    "a truth value": (
+        lambda d: d.update(baseline=True),
+        "'baseline' must be a finite number; got True",
+    ),
+    "two curves": (lambda d: d["curves"].append(d["curves"][0]), "'conv1' has more than one curve"),
+    "another metric": (lambda d: d.update(metric="luck"), "'accuracy' or 'agreement'; got 'luck'"),
+    "a baseline of percent": (lambda d: d.update(baseline=92.5), "share within 0..1.*92.5"),
+}
+
+
+@pytest.mark.parametrize("case", EDITED_CURVES)
+def test_slip_in_measured_curves_is_named_with_its_place(case: str) -> None:
+    edit, message = EDITED_CURVES[case]
+    data = curves_of(read("ConvChain")).to_dict() | {"of": {"seed": 0}}
+    data = json.loads(json.dumps(data))
+    assert Sensitivity.from_dict(data) == curves_of(read("ConvChain"))
+    edit(data)
+    with pytest.raises(PlanError, match=message):
+        Sensitivity.from_json(json.dumps(data))
+
+
 @pytest.mark.parametrize(
     "rows",
     [
@@ -402,6 +496,7 @@ def test_what_is_no_sensitivity_is_refused(text: str) -> None:
         ((1, 9), (0.0, 0.0), (0.0, 0.0), (0.0, 0.0)),
         ((1, 2), (0.0,), (0.0, 0.0), (0.0, 0.0)),
         ((1, 2), (0.0, float("nan")), (0.0, 0.0), (0.0, 0.0)),
+        ((1, 2), (0.0, 0.0), (0.0, -0.5), (0.0, 0.0)),
     ],
 )
 def test_curve_that_makes_no_sense_is_refused(rows: tuple) -> None:

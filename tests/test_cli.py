@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import torchcap
+from torchcap import budget
 from torchcap.checkpoint.load import describe, load
 from torchcap.cli import deciding, main
 from torchcap.cli.arguments import parse
@@ -177,8 +178,87 @@ def test_plans_differ_where_their_ranks_do(tmp_path, capsys):
     assert parsed(capsys, ["plan", "--diff", files[0], files[0]]) == {"differences": {}}
 
 
+def test_plan_says_that_its_parameters_are_those_of_the_folded_model(capsys):
+    assert main(["plan", *TINY]) == 0
+    assert "parameters, norms folded" in capsys.readouterr().out
+
+
+def test_least_share_of_a_space_holds(curves, capsys):
+    wide = ("--macs", "0.8", "--curves", str(curves), "--minimum", "0.7")
+    plan = torchcap.Plan.from_dict(parsed(capsys, ["plan", *TINY, *USUAL, *wide])["plan"])
+    assert all(choice.rank >= 0.7 * choice.channels for choice in plan.choices.values())
+    cheap = ("--macs", "0.2", "--curves", str(curves), "--minimum", "0.7")
+    message = failure(capsys, ["plan", *TINY, *USUAL, *cheap])
+    assert "cannot be reached" in message
+    assert "(minimum)" in message
+    assert "=" not in message
+
+
+@pytest.mark.parametrize("command", ["plan", "sensitivity"])
+def test_ending_of_no_picture_is_found_before_any_work(
+    command, pictures, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(deciding, "open_network", lambda *_, **__: pytest.fail("work was done"))
+    out, plot = tmp_path / "out.json", tmp_path / "picture.xyz"
+    data = ("--data", str(pictures)) if command == "sensitivity" else ()
+    arguments = [command, *TINY, *USUAL, *data, "--out", str(out), "--plot", str(plot)]
+    message = failure(capsys, arguments)
+    assert "picture.xyz" in message
+    assert ".png" in message
+
+
 # --------------------------------------------------------------------------------------------------
 # compress
+
+
+def test_budget_out_of_reach_leaves_nothing(pictures, tmp_path, capsys):
+    arguments = compress_arguments(pictures, tmp_path / "small.safetensors", "--macs", "0.001")
+    assert "cannot be reached" in failure(capsys, arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_measured_times_are_given_to_compress(pictures, tmp_path, capsys, monkeypatch):
+    quick = partial(torchcap.measure_latency, widths=(0.5,), seconds=1e-4)
+    monkeypatch.setattr(deciding, "measure_latency", quick)
+    monkeypatch.setattr(budget, "measure_latency", lambda *_, **__: pytest.fail("it was timed"))
+    monkeypatch.setattr(budget, "sensitivity", lambda *_, **__: pytest.fail("it was measured"))
+    file, other = tmp_path / "table.json", tmp_path / "other.json"
+    assert main(["latency", *TINY, *USUAL, "--out", str(file)]) == 0
+    text = file.read_text()
+    other.write_text(text.replace('"conv1.0"', '"conv9.0"'))
+    out = tmp_path / "small.safetensors"
+    for table, limit, problem in ((file, "1e9", "already"), (other, "1", "not in the latency")):
+        more = ("--latency", str(table), "--latency-ms", limit)
+        assert problem in failure(capsys, compress_arguments(pictures, out, *more))
+    assert sorted(tmp_path.iterdir()) == [other, file]
+
+
+def test_what_is_kept_is_said_where_a_budget_is_out_of_reach(
+    pictures, tmp_path, capsys, monkeypatch
+):
+    quick = partial(torchcap.measure_latency, widths=(0.5,), seconds=1e-4)
+    monkeypatch.setattr(budget, "measure_latency", quick)
+    arguments = compress_arguments(pictures, tmp_path / "small", "--latency-ms", "1e9")
+    assert "small.state.latency' is kept, and --resume goes on" in failure(capsys, arguments)
+
+
+def test_labels_are_refused_where_folders_are_no_classes(pictures, tmp_path, capsys):
+    out = tmp_path / "small.safetensors"
+    arguments = compress_arguments(pictures, out, "--recipe", "full", "--labels", "1")
+    arguments[arguments.index("--num-classes") + 1] = "7"
+    message = failure(capsys, arguments)
+    assert "5 class folders" in message
+    assert "7 classes" in message
+
+
+def test_small_model_of_another_builder_is_refused(tmp_path, capsys):
+    small = tmp_path / "small.safetensors"
+    torchcap.save(timm.create_model("test_resnet").eval(), small)
+    message = failure(capsys, ["compare", "tv:resnet18", str(small), *USUAL])
+    assert "timm:test_resnet" in message
+    assert "torchvision:resnet18" in message
+    tagged = ("test_resnet.r160_in1k", "--random-weights", "--image-size", "32")
+    assert main(["compare", *tagged, str(small), "--batch", *USUAL]) == 0
 
 
 def test_compressed_file_is_the_small_model_of_the_library(pictures, tmp_path, capsys):
@@ -480,6 +560,24 @@ def test_what_is_missing_is_named(arguments, facts, tmp_path, capsys, monkeypatc
         assert fact in message
 
 
+@pytest.mark.parametrize(
+    ("option", "text", "facts"),
+    [
+        ("--plan", '{"format": "torchcap-plan", "version": 1, "spaces": {"a": 1}}', ["space 'a'"]),
+        ("--curves", "no JSON", ["not a sensitivity"]),
+        ("--latency", '{"wole": 1}', ["not a latency table"]),
+    ],
+)
+def test_file_with_a_slip_is_named(option, text, facts, pictures, tmp_path, capsys):
+    file = tmp_path / "edited.json"
+    file.write_text(text)
+    more = {"--plan": (), "--curves": ("--macs", "0.5"), "--latency": ("--latency-ms", "5")}[option]
+    out = tmp_path / "small.safetensors"
+    message = failure(capsys, compress_arguments(pictures, out, option, str(file), *more))
+    for fact in ("edited.json': ", *facts):
+        assert fact in message
+
+
 def test_weights_of_another_model_are_refused(tmp_path, capsys):
     file = tmp_path / "other.pth"
     torch.save(nn.Linear(2, 3).state_dict(), file)
@@ -533,6 +631,22 @@ def test_debug_shows_where_it_came_from(capsys):
         ["inspect", "resnet18", "--weights", "x", "--random-weights"],
         ["inspect", "resnet18", "--device", "abacus"],
         ["export", "small.safetensors"],
+        ["inspect", "resnet18", "--stream"],
+        ["plan", "resnet18", "--curves", "x"],
+        ["plan", "resnet18", "--ratio", "0.5", "--curves", "x"],
+        ["plan", "resnet18", "--ratio", "0.5", "--minimum", "0.1"],
+        ["plan", "resnet18", "--macs", "0.5", "--latency-batch", "2"],
+        ["plan", "resnet18", "--latency", "x", "--latency-batch", "2"],
+        ["plan", "resnet18", "--data", "x"],
+        ["plan", "resnet18", "--macs", "0.5", "--data", "x", "--curves", "x"],
+        ["plan", "resnet18", "--macs", "-1", "--curves", "x"],
+        ["plan", "resnet18", "--macs", "nan", "--curves", "x"],
+        ["plan", "--diff", "a.json", "b.json", "--out", "x"],
+        ["compress", "resnet18", "--data", "x", "--out", "y", "--curves", "x"],
+        ["compress", "resnet18", "--data", "x", "--out", "y", "--latency", "x"],
+        ["compress", "resnet18", "--data", "x", "--out", "y", "--macs", "0.5", "--latency", "x"],
+        ["compress", "resnet18", "--data", "x", "--out", "y", "--latency-batch", "2"],
+        ["compress", "resnet18", "--data", "x", "--out", "y", "--plan", "x", "--multiple-of", "2"],
     ],
 )
 def test_arguments_that_cannot_be_used_exit_with_2(arguments, capsys):

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -35,6 +36,7 @@ from torchcap import (
     predict_latency,
     sensitivity,
 )
+from torchcap import budget as budgets
 
 SHARES = (0.25, 0.5, 1.0)
 
@@ -253,14 +255,18 @@ def test_curves_that_are_there_are_used() -> None:
 def test_budget_of_milliseconds_goes_through_compress() -> None:
     model, data = built(Residual), batches()
     graph = analyze(model, images(1))
-    table = measure_latency(model, images(1), seconds=1e-4)
-    # On so small a network the clock shows little: let a time be the product of two widths.
-    layers = {name: replace(t, milliseconds=products(t)) for name, t in table.layers.items()}
-    table = replace(table, layers=layers, rest=1.0, rest_floor=0.5)
+    table = made_up(model, images(1))
     budget = 0.7 * predict_latency(graph, None, table)
     small = compress(model, data, latency_ms=budget, latency=table, recipe=Recipe.seconds())
     took = sum(p.shape[:2].numel() for p in small.parameters() if p.ndim > 1)
     assert 0.5 * budget < took <= budget
+
+
+def made_up(*arguments: Any, **how: Any) -> LatencyTable:
+    """Measure, and then let a time be the product of two widths: a small network takes none."""
+    table = measure_latency(*arguments, **how, seconds=1e-4)
+    layers = {name: replace(t, milliseconds=products(t)) for name, t in table.layers.items()}
+    return replace(table, layers=layers, rest=1.0, rest_floor=0.5)
 
 
 def products(times: LayerTimes) -> tuple[tuple[float, ...], ...]:
@@ -279,9 +285,15 @@ def test_interrupted_budget_goes_on_to_the_same_model(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("budget", [{"macs": 0.6}, {"params": 0.6}, {"latency_ms": 1e3}])
-def test_the_plan_that_compress_follows_for_a_budget(budget: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize("budget", [{"macs": 0.6}, {"params": 0.6}, {"latency_ms": 0.7}])
+def test_the_plan_that_compress_follows_for_a_budget(
+    budget: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, state = built(Residual), tmp_path / "run"
+    if "latency_ms" in budget:
+        monkeypatch.setattr(budgets, "measure_latency", made_up)
+        full = predict_latency(analyze(model, images(1)), None, made_up(model, images(1)))
+        budget = {"latency_ms": 0.7 * full}
     plan = plan_for(model, batches(), **budget, state=state)
     kept = {path.name for path in tmp_path.iterdir()}
     assert kept == {"run.curves", "run.latency"} if "latency_ms" in budget else {"run.curves"}
@@ -299,6 +311,55 @@ def test_limits_of_a_plan_go_on_to_the_allocation() -> None:
     plan = plan_for(model, curves=curves, macs=0.8, example_inputs=images(1), **limits)
     assert plan == allocate(analyze(model, images(1)), curves, macs=0.8, **limits)
     assert plan.ranks.get(first.name, first.channels) == first.channels
+
+
+class Refused(Exception):  # noqa: N818 - no error
+    """Work was begun that is not needed."""
+
+
+@pytest.fixture
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise Refused
+
+    monkeypatch.setattr(budgets, "sensitivity", refuse)
+
+
+@pytest.mark.usefixtures("no_curves")
+@pytest.mark.parametrize("name", ["macs", "params", "activations", "latency_ms"])
+def test_budget_out_of_reach_is_refused_before_curves_are_measured(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budgets, "measure_latency", made_up)
+    model, state = built(Residual), tmp_path / "run"
+    for budget, problem in ((0.01, "cannot be reached"), (1e9, r"as it is: it\s+costs .* already")):
+        with pytest.raises(PlanError, match=problem):
+            compress(model, batches(), **{name: budget}, state=state)
+    assert not (tmp_path / "run.curves").exists()
+    full = predict_latency(analyze(model, images(1)), None, made_up(model, images(1)))
+    with pytest.raises(Refused):
+        compress(model, batches(), **{name: 0.8 * (full if name == "latency_ms" else 1)})
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_the_least_share_is_in_what_can_be_reached() -> None:
+    with pytest.raises(PlanError, match="cannot be reached"):
+        plan_for(built(Residual), batches(), macs=0.6, minimum=0.9)
+    with pytest.raises(Refused):
+        plan_for(built(Residual), batches(), macs=0.6, minimum=0.1)
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_times_of_another_model_are_refused_before_curves_are_measured() -> None:
+    table = made_up(built(Plain), images(1))
+    with pytest.raises(PlanError, match="latency table"):
+        compress(built(Residual), batches(), latency_ms=1.0, latency=table)
+
+
+def test_nothing_is_timed_for_a_budget_without_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budgets, "measure_latency", lambda *_, **__: pytest.fail("it was timed"))
+    with pytest.raises(DataError, match="measured on images"):
+        plan_for(built(Residual), latency_ms=1.0, example_inputs=images(1))
 
 
 def test_budget_and_plan_are_too_much() -> None:
@@ -324,10 +385,14 @@ def test_curves_without_a_budget_are_refused() -> None:
         compress(model, batches(), curves=curves)
 
 
-def test_times_of_other_inputs_are_not_gone_on_with(tmp_path: Path) -> None:
+def test_times_of_other_inputs_are_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budgets, "measure_latency", made_up)
     model, state = built(Residual), tmp_path / "run"
     curves = sensitivity(model, batches(), shares=SHARES)
-    how = {"latency_ms": 1e3, "curves": curves, "recipe": Recipe.minutes(2), "state": state}
+    budget = 0.7 * predict_latency(analyze(model, images(1)), None, made_up(model, images(1)))
+    how = {"latency_ms": budget, "curves": curves, "recipe": Recipe.minutes(2), "state": state}
     layers = len(measure_latency(model, images(2), seconds=1e-4).layers)
     with pytest.raises(Interrupted):
         compress(model, batches(), **how, on_progress=stop_after(layers + 1))

@@ -180,6 +180,14 @@ def test_plan_of_another_model_is_refused() -> None:
     plan.check(CHAIN)
 
 
+def test_wrong_name_of_a_space_is_told_and_no_other_model_is_blamed() -> None:
+    plan = Plan({"conv11": Choice(8, 4)}, "ConvChain")
+    with pytest.raises(PlanError, match=r"(?s)no channel space 'conv11'.*'conv1'") as caught:
+        plan.check(CHAIN)
+    assert str(caught.value).count("'ConvChain'") == 1
+    assert "another model" not in str(caught.value)
+
+
 def test_empty_plan_is_refused() -> None:
     with pytest.raises(PlanError, match="names no space"):
         Plan({}).check(CHAIN)
@@ -224,6 +232,57 @@ def test_data_that_is_no_plan_is_refused(case: str) -> None:
         Plan.from_dict(BAD_DATA[case])
     with pytest.raises(PlanError):
         Plan.from_json(json.dumps(BAD_DATA[case]))
+
+
+EDITED: dict[str, tuple[Any, str]] = {
+    "unknown key": (lambda d: d.update(spacs={}), "unknown key 'spacs'; did you mean 'spaces'"),
+    "no spaces": (lambda d: d.pop("spaces"), "it has no 'spaces'"),
+    "a list of spaces": (lambda d: d.update(spaces=["a"]), r"'spaces' must be an object.*\['a'\]"),
+    "beside the rank": (
+        lambda d: d["spaces"]["conv1"].update(rnk=3),
+        "space 'conv1' has an unknown key 'rnk'; did you mean 'rank'",
+    ),
+    "no rank": (lambda d: d["spaces"]["conv2"].pop("rank"), "space 'conv2' has no 'rank'"),
+    "no space": (lambda d: d["spaces"].update(conv1=4), "space 'conv1' must be an object.*got 4"),
+    "a word": (
+        lambda d: d["spaces"]["conv1"].update(rank="four"),
+        "'rank' of space 'conv1' must be a whole number; got 'four'",
+    ),
+    "a truth value": (lambda d: d["spaces"]["conv1"].update(rank=True), "whole number; got True"),
+    "no number": (
+        lambda d: d["spaces"]["conv1"].update(rank=float("nan")),
+        "whole number; got nan",
+    ),
+    "huge": (
+        lambda d: d["spaces"]["conv1"].update(channels=10**400),
+        "'channels' of space 'conv1'",
+    ),
+    "negative": (lambda d: d["spaces"]["conv1"].update(rank=-1), r"within 1\.\.8; got -1"),
+    "a number for a reason": (lambda d: d["spaces"]["conv1"].update(reason=1), "must be a text"),
+}
+
+
+@pytest.mark.parametrize("case", EDITED)
+def test_slip_in_a_plan_edited_by_hand_is_named_with_its_place(case: str) -> None:
+    edit, message = EDITED[case]
+    data = Plan.uniform(CHAIN, 0.5).to_dict()
+    edit(data)
+    with pytest.raises(PlanError, match=message) as caught:
+        Plan.from_json(json.dumps(data))
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"spaces": {"a": 1, "a": 2}}', "key 'a' stands twice"),
+        ("9" * 5000, "not JSON"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_odd_json_is_refused(text: str, message: str) -> None:
+    with pytest.raises(PlanError, match=rf"not a plan: .*{message}"):
+        Plan.from_json(text)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "4", '"plan"', "null"])

@@ -15,7 +15,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchcap import Choice, Curve, MissingPackageError, Plan, PlanError, Sensitivity, plot
+from torchcap import (
+    Choice,
+    Curve,
+    FileError,
+    MissingPackageError,
+    Plan,
+    PlanError,
+    Sensitivity,
+    plot,
+)
 from torchcap.plot import plot_plan, plot_sensitivity, plot_tradeoff
 
 pytest.importorskip("matplotlib")
@@ -408,6 +417,14 @@ def test_file_has_the_format_of_its_ending(picture, ending, start, tmp_path: Pat
     path = tmp_path / f"picture.{ending}"
     PICTURES[picture](path=path)
     assert path.read_bytes().startswith(start)
+
+
+@EVERY_PICTURE
+@pytest.mark.parametrize("name", ["picture.xyz", "picture", "picture."])
+def test_ending_of_no_picture_is_refused_and_nothing_written(picture, name, tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=rf"'.*{name}' has not the ending of a picture.*\.png"):
+        PICTURES[picture](path=tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
 
 
 @EVERY_PICTURE

@@ -33,6 +33,7 @@ from torchcap import (
     StateError,
     layer_by_layer,
 )
+from torchcap.training.state import _told
 
 STEPS = Adam(1e-2)
 MIXED = {"epochs": 2, "optimizer": STEPS, "healing": 1, "augment": (FlipAndShift(), Mix())}
@@ -266,6 +267,19 @@ def test_state_of_another_run_is_refused_by_what_differs(interrupted: Path, case
     with pytest.raises(StateError, match=rf"(?s)another run: its {key} is.*Give another path"):
         compress(state=interrupted, **how())
     assert interrupted.read_bytes() == before
+
+
+def test_other_ranks_are_named_a_few_of_them(interrupted: Path) -> None:
+    model = built(MODELS["bottleneck"])
+    name = next(space.name for space in torchcap.analyze(model, images()).free)
+    with pytest.raises(StateError, match=rf"(?s)its plan is.*{name}: rank: 3, here 4\n") as caught:
+        compress(state=interrupted, ratio=0.75)
+    assert "channels" not in str(caught.value)  # which are the same
+    plan = {"spaces": {f"layer{i}": {"rank": i} for i in range(20)}}
+    told = _told(plan, {"spaces": {}})
+    assert "layer4: {'rank': 4}, here missing" in told
+    assert "layer5" not in told
+    assert "15 more" in told
 
 
 def test_state_of_other_weights_is_refused(interrupted: Path) -> None:

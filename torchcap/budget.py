@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from torchcap.graph.inputs import ExampleInputs, as_inputs
 from torchcap.graph.rules import Target
 from torchcap.graph.spaces import SpaceGraph
 from torchcap.graph.values import Rule
-from torchcap.plan.allocate import allocate
+from torchcap.plan.allocate import allocate, check_reachable
 from torchcap.plan.latency import LatencyTable
+from torchcap.plan.limits import Limits
 from torchcap.plan.plan import Plan
 from torchcap.plan.sensitivity import Sensitivity
 from torchcap.training.clock import measure_latency
-from torchcap.training.measure import sensitivity
+from torchcap.training.measure import SHARES, sensitivity
 from torchcap.training.progress import OnProgress
 from torchcap.training.state import check_folder, write_text
 
@@ -80,7 +81,8 @@ def plan_for(  # noqa: PLR0913 - an argument for each thing that may be said
         streams: as for :func:`torchcap.analyze`.
 
     Raises:
-        PlanError: if no or several budgets are given, or one that cannot be reached.
+        PlanError: if no or several budgets are given, one that cannot be reached, or one that the
+            model keeps to as it is; this is found before curves are measured.
         DataError: if curves have to be measured and there is no data, or it cannot be used.
         StateError: if measurements cannot be written or read, or belong to another model.
         TraceError, ExampleInputsError, NothingToCompressError: as for :func:`torchcap.analyze`.
@@ -141,21 +143,22 @@ class Measurements:
         """Measure what is not given, and allocate; other arguments are those of ``allocate``."""
         if self.state is not None:
             check_folder(Path(self.state))  # before any work is done
+        limits = Limits(latency_ms=latency_ms, latency=latency, **wishes)
+        if curves is None:
+            self._images()  # that are going to be needed
         if latency_ms is not None and latency is None:
             latency = self.latency()
-        curves = self.curves() if curves is None else curves
+            limits = replace(limits, latency=latency)
+        if curves is None:
+            check_reachable(graph, limits, Plan.uniform(graph, min(SHARES)).ranks)
+            curves = self.curves()
         return allocate(graph, curves, latency_ms=latency_ms, latency=latency, **wishes)
 
     def curves(self) -> Sensitivity:
         """Measure what the spaces lose."""
-        if self.source is None:
-            raise DataError(
-                "a budget is shared out by what every space loses, which is measured on images: "
-                "give data=, or curves= from torchcap.sensitivity()"
-            )
         return sensitivity(
             self.model,
-            self.source,
+            self._images(),
             example_inputs=self.example_inputs,
             seed=self.seed,
             cache=self._path("curves"),
@@ -187,6 +190,14 @@ class Measurements:
         """Remove what was kept: the run is done."""
         for path in self.files if processes.rank() == 0 else ():
             path.unlink(missing_ok=True)
+
+    def _images(self) -> Source:
+        if self.source is None:
+            raise DataError(
+                "a budget is shared out by what every space loses, which is measured on images: "
+                "give data=, or curves= from torchcap.sensitivity()"
+            )
+        return self.source
 
     def _path(self, kind: str) -> Path | None:
         if self.state is None:

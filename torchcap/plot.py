@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from itertools import cycle
 from math import ceil, floor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from torchcap.errors import MissingPackageError, PlanError
+from torchcap.errors import FileError, MissingPackageError, PlanError
 from torchcap.plan.plan import Choice, Plan
 from torchcap.plan.sensitivity import Curve, Sensitivity
 
@@ -69,6 +70,7 @@ def plot_sensitivity(
 
     Raises:
         MissingPackageError: if matplotlib is not installed.
+        FileError: if no picture can be written by the ending of ``path``.
         PlanError: if there is no curve.
         ValueError: for an unknown value or kind, shares where nothing was measured, a surface over
             one share, or axes of another kind.
@@ -76,6 +78,7 @@ def plot_sensitivity(
     References:
         Minnehan & Savakis, "Cascaded Projection", CVPR 2019, sec. 4.1, figures 4 and 5.
     """
+    check_picture(path)
     _check_sensitivity(sensitivity)
     _check_choice("value", value, get_args(Value))
     _check_choice("kind", kind, get_args(Kind))
@@ -113,9 +116,11 @@ def plot_plan(
 
     Raises:
         MissingPackageError: if matplotlib is not installed.
+        FileError: if no picture can be written by the ending of ``path``.
         PlanError: if no space is named, or plans are for different models.
         ValueError: for axes of another kind.
     """
+    check_picture(path)
     plans = plan if isinstance(plan, Mapping) else {"": plan}
     table = _table(plans)
     names = list(next(iter(table.values())))
@@ -155,9 +160,11 @@ def plot_tradeoff(
 
     Raises:
         MissingPackageError: if matplotlib is not installed.
+        FileError: if no picture can be written by the ending of ``path``.
         ValueError: if there is no run, a run has no point, a figure is no share, or for axes of
             another kind.
     """
+    check_picture(path)
     lines = _check_curves(curves)
     if baseline is not None and not _is_share(baseline):
         raise ValueError(f"baseline is an accuracy, a share within 0..1; got {baseline!r}")
@@ -174,6 +181,22 @@ def plot_tradeoff(
     axes.legend()
     _write(axes, path)
     return axes
+
+
+def check_picture(path: str | PathLike[str] | None) -> None:
+    """Check that a picture can be written to a file, as far as its name tells.
+
+    Raises:
+        FileError: if its ending is not that of a format that matplotlib writes.
+        MissingPackageError: if matplotlib is not installed.
+    """
+    if path is None:
+        return
+    known = _matplotlib("backend_bases").FigureCanvasBase.get_supported_filetypes()
+    if Path(path).suffix[1:].lower() not in known:
+        raise FileError(
+            f"{str(path)!r} has not the ending of a picture: expected .{', .'.join(sorted(known))}"
+        )
 
 
 # --------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,13 +19,11 @@ import torch.distributed as dist
 from torchcap import processes
 from torchcap.cli.arguments import parse
 from torchcap.cli.console import Bars
-from torchcap.cli.deciding import leftovers
-from torchcap.errors import FileError, TorchcapError
+from torchcap.cli.files import check_outputs, leftovers
+from torchcap.errors import PlanError, TorchcapError
 
 if TYPE_CHECKING:
     from argparse import Namespace
-
-OUTPUTS = ("out", "state", "plot", "onnx", "pt2")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,13 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (TorchcapError, OSError, torch.OutOfMemoryError) as error:
         if options.debug:
             raise
-        _complain(f"error: {_message(error)}")
+        kept = leftovers(options.state) if options.command == "compress" else []
+        advice = f"; {str(kept[0])!r} is kept, and --resume goes on from it" if kept else ""
+        _complain(f"error: {_message(error)}{advice if isinstance(error, PlanError) else ''}")
         return 1
     return 0
 
 
 def _run(options: Namespace) -> None:
-    _check_folders(options)
+    check_outputs(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     with _processes(options), Bars(quiet=options.quiet) as bars:
@@ -90,16 +89,6 @@ def _processes(options: Namespace) -> Iterator[None]:
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
-
-
-def _check_folders(options: Namespace) -> None:
-    """Check the places of the files to write, before any work is done."""
-    for name in OUTPUTS:
-        path: Path | None = getattr(options, name, None)
-        if path is not None and not path.parent.is_dir():
-            raise FileError(f"there is no folder {str(path.parent)!r} for --{name}; make it")
-        if path is not None and path.is_dir():
-            raise FileError(f"--{name} is a file to write, and {str(path)!r} is a folder")
 
 
 def _advice(options: Namespace) -> str:

@@ -6,6 +6,7 @@ import argparse
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 
 import torch
@@ -26,6 +27,9 @@ _DATA = (
     "these two, a tenth is set aside to measure on"
 )
 
+_BUDGETS = ("macs", "params", "activations", "latency_ms")
+_DEFAULTS = {"latency_batch": 1, "multiple_of": 1, "minimum": 0.05}  # None until they are checked
+
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
     """Read the arguments.
@@ -37,6 +41,9 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     options = parser.parse_args(argv)
     if problem := _problem(options):
         parser.error(problem)
+    for name, value in _DEFAULTS.items():
+        if name in options and getattr(options, name) is None:
+            setattr(options, name, value)
     if options.command == "compress" and options.state is None:
         options.state = Path(f"{options.out}.state")
     return options
@@ -46,16 +53,50 @@ def _problem(options: Namespace) -> str:
     """Say what is wrong with arguments that don't go together."""
     if options.weights is not None and options.random_weights:
         return "give --weights or --random-weights, not both"
-    if options.command == "compress":
-        if options.epochs is not None and options.recipe == "seconds":
-            return "--recipe seconds has no epochs; leave out --epochs, or take another --recipe"
-        if options.labels is not None and options.recipe != "full":
-            return "--labels is the weight of labels in the fine-tuning of --recipe full"
-    if options.command == "plan" and (options.model is None) == (options.diff is None):
-        return "plan takes a MODEL, or --diff with two plans"
     if options.command == "export" and options.onnx is None and options.pt2 is None:
         return "export writes --onnx FILE, --pt2 FILE, or both"
+    if options.command == "plan":
+        return _problem_of_plan(options) or _problem_of_budget(options)
+    if options.command == "compress":
+        return _problem_of_recipe(options) or _problem_of_budget(options)
     return ""
+
+
+def _problem_of_recipe(options: Namespace) -> str:
+    if options.epochs is not None and options.recipe == "seconds":
+        return "--recipe seconds has no epochs; leave out --epochs, or take another --recipe"
+    if options.labels is not None and options.recipe != "full":
+        return "--labels is the weight of labels in the fine-tuning of --recipe full"
+    if options.plan is not None and options.multiple_of is not None:
+        return "--multiple-of is for making a plan; leave it out, or --plan"
+    return ""
+
+
+def _problem_of_plan(options: Namespace) -> str:
+    if (options.model is None) == (options.diff is None):
+        return "plan takes a MODEL, or --diff with two plans"
+    making = ("ratio", *_BUDGETS, *_DEFAULTS, "curves", "latency", "data", "out", "plot")
+    if options.diff is not None and (unused := _given(options, *making)):
+        return f"--diff compares two plans that are there; leave out {unused}"
+    if options.data is not None and (options.curves is not None or not _given(options, *_BUDGETS)):
+        return "--data is for measuring curves for a budget; give one, and no --curves"
+    return ""
+
+
+def _problem_of_budget(options: Namespace) -> str:
+    if not _given(options, *_BUDGETS) and (unused := _given(options, "curves", "minimum")):
+        return f"{unused} is for a budget: --macs, --params, --activations or --latency-ms"
+    # A plan shows the milliseconds that it leads to, whatever it was made by.
+    timed = ("latency_batch",) if options.command == "plan" else ("latency_batch", "latency")
+    if options.latency_ms is None and (unused := _given(options, *timed)):
+        return f"{unused} is for a budget of milliseconds; give --latency-ms too"
+    return ""
+
+
+def _given(options: Namespace, *names: str) -> str:
+    """Return the first of some arguments that was given; nothing if none was."""
+    given = (name for name in names if getattr(options, name) is not None)
+    return next((f"--{name.replace('_', '-')}" for name in given), "")
 
 
 def _parser() -> ArgumentParser:
@@ -64,6 +105,7 @@ def _parser() -> ArgumentParser:
         description="Make trained timm and torchvision networks smaller and dense.",
         epilog="torchcap COMMAND --help says more. Exit status: 0; 1 for an error; 2 for arguments "
         "that cannot be used; 130 if interrupted.",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"torchcap {version('torchcap')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -102,7 +144,8 @@ def _command(
     together: bool = False,
 ) -> ArgumentParser:
     """Add a command; under torchrun all processes work at it together, or the first one alone."""
-    parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    about = f"{text[0].upper()}{text[1:]}."
+    parser = commands.add_parser(name, help=text, description=about, allow_abbrev=False)
     parser.set_defaults(run=run, alone=not together)
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print one JSON document")
@@ -140,7 +183,6 @@ def _plan(parser: ArgumentParser) -> None:
     _add_data(parser, required=False)
     _add_streams(parser)
     add = parser.add_argument
-    add("--latency", type=Path, metavar="FILE", help="a table of `torchcap latency`")
     add("--out", type=Path, metavar="FILE", help="the plan, JSON")
     add("--plot", type=Path, metavar="FILE", help="draw the plan, in the format of its ending")
     add("--diff", type=Path, nargs=2, metavar="PLAN", help="print how two plans differ")
@@ -217,11 +259,15 @@ def _add_budget(parser: ArgumentParser) -> argparse._MutuallyExclusiveGroup:
         "activations": "values that layers write",
     }
     for name, what in budgets.items():
-        one.add_argument(f"--{name}", type=float, metavar="B", help=f"{what}: a share, or a number")
-    one.add_argument("--latency-ms", type=float, metavar="MS", help="milliseconds of a forward")
+        one.add_argument(
+            f"--{name}", type=_positive, metavar="B", help=f"{what}: a share, or a number"
+        )
+    one.add_argument("--latency-ms", type=_positive, metavar="MS", help="milliseconds of a forward")
     add = group.add_argument
-    add("--latency-batch", type=_count, default=1, metavar="N", help="images of that forward (1)")
-    add("--multiple-of", type=_count, default=1, metavar="N", help="what is kept is so (1)")
+    add("--latency", type=Path, metavar="FILE", help="a table of `torchcap latency`")
+    add("--latency-batch", type=_count, metavar="N", help="images of that forward (1)")
+    add("--multiple-of", type=_count, metavar="N", help="what is kept is so (1)")
+    add("--minimum", type=_share, metavar="S", help="least share that a space keeps (0.05)")
     return one
 
 
@@ -236,6 +282,16 @@ def _natural(text: str) -> int:
     if not text.isdecimal():
         raise ArgumentTypeError(f"a whole number was expected; got {text!r}")
     return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < inf:
+        raise ArgumentTypeError(f"a number above 0 was expected; got {text!r}")
+    return number
 
 
 def _share(text: str) -> float:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from torchcap.checkpoint.load import load
+from torchcap.checkpoint.builders import images_of
+from torchcap.checkpoint.load import describe, load
 from torchcap.cli.console import Bars, Result
 from torchcap.cli.models import Network, open_network
 from torchcap.errors import FileError, MissingPackageError, ModelError
@@ -45,10 +46,23 @@ def inspect_command(options: Namespace, bars: Bars) -> Result:  # noqa: ARG001 -
 def compare_command(options: Namespace, bars: Bars) -> Result:  # noqa: ARG001 - as all commands
     """Show what a small model costs beside the original."""
     network = open_network(options, trained=False)
+    _check_original(options, network)
     small = load(options.small).to(options.device)
     report = compare(network.model, small, network.example, batch_sizes=options.batch)
     text = report.to_markdown() if options.markdown else str(report)
     return Result(text, report.to_dict())
+
+
+def _check_original(options: Namespace, network: Network) -> None:
+    """Refuse a small model that was made from another one than the original given."""
+    builder = describe(options.small).builder
+    name = network.builder.partition(".")[0]  # what follows names weights
+    known = {name, f"timm:{images_of(network.model).get('architecture')}"}  # of an old name, too
+    if builder is not None and name and builder.name not in known:
+        raise ModelError(
+            f"{str(options.small)!r} was made from {builder.name!r}, and {options.model!r} is "
+            f"{name!r}; compare it with the model that it was made from"
+        )
 
 
 def export_command(options: Namespace, bars: Bars) -> Result:  # noqa: ARG001 - as all commands

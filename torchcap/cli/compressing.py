@@ -17,7 +17,8 @@ from torchcap.batches import as_batch
 from torchcap.checkpoint.load import load
 from torchcap.checkpoint.save import save
 from torchcap.cli.console import Bars, Result
-from torchcap.cli.deciding import decide, leftovers, read_text
+from torchcap.cli.deciding import decide, given_times
+from torchcap.cli.files import leftovers, read_document
 from torchcap.cli.folders import open_data
 from torchcap.cli.models import Network, open_network
 from torchcap.errors import FileError, StateError
@@ -61,10 +62,10 @@ class Scores:
 def compress_command(options: Namespace, bars: Bars) -> Result:
     """Compress a model, save it, load it again, and say what it costs and gives."""
     _check_state(options)
+    recipe = recipe_of(options)
     network = open_network(options)
     train, held_out = open_data(options, network)
     plan = _plan(options, network, train, bars)
-    recipe = recipe_of(options)
     with _autocast(options):
         small = compress(
             network.model,
@@ -141,8 +142,8 @@ def measure(
 
 def _plan(options: Namespace, network: Network, train: Batches, bars: Bars) -> Plan:
     if options.plan is not None:
-        return Plan.from_json(read_text(options.plan))
-    return decide(options, network, train, None, bars, options.state)
+        return read_document(options.plan, Plan.from_json)
+    return decide(options, network, train, given_times(options), bars, options.state)
 
 
 def _check_state(options: Namespace) -> None:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torchcap import processes
 from torchcap.budget import Measurements, plan_for
 from torchcap.cli.console import Bars, Result, table
+from torchcap.cli.files import read_document
 from torchcap.cli.folders import open_data
 from torchcap.cli.models import Network, open_network
-from torchcap.errors import FileError, PlanError
+from torchcap.errors import PlanError
 from torchcap.graph.analyze import Reader, analyze
 from torchcap.graph.spaces import SpaceGraph
 from torchcap.plan.cost import cost
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from argparse import Namespace
 
     from torchcap.batches import Batches
+
+
+_ROWS = {"parameters": "parameters, norms folded"}
 
 
 def sensitivity_command(options: Namespace, bars: Bars) -> Result:
@@ -99,7 +103,7 @@ def plan_command(options: Namespace, bars: Bars) -> Result:
     costs = _predicted(graph, plan, times)
     rows = [
         ("predicted", "full width", "planned", "kept"),
-        *((n, _number(a), _number(b), f"{b / a:.1%}") for n, (a, b) in costs.items()),
+        *((_ROWS.get(n, n), _number(a), _number(b), f"{b / a:.1%}") for n, (a, b) in costs.items()),
     ]
     written = "" if options.out is None else f"\n\nwritten to {options.out}"
     text = f"{plan}\n\n{table(rows)}{written}"
@@ -121,7 +125,7 @@ def decide(
         options: ``ratio``, ``curves``, and the budgets.
         network: the model.
         data: what curves are measured on, if there are none.
-        times: of its layers, for ``latency_ms``; None to measure them.
+        times: of its layers, for ``latency_ms``; None to measure them, or where none are needed.
         bars: show the progress.
         state: of a run, beside which measurements are kept.
 
@@ -138,6 +142,9 @@ def decide(
             "a budget is shared out by what every space loses: give --curves FILE, from "
             "`torchcap sensitivity`, or --data DIR to measure it now"
         )
+    curves = None
+    if options.curves is not None:
+        curves = read_document(options.curves, Sensitivity.from_json)
     return plan_for(
         network.model,
         data,
@@ -145,9 +152,10 @@ def decide(
         params=options.params,
         activations=options.activations,
         latency_ms=options.latency_ms,
-        curves=_curves(options),
+        curves=curves,
         latency=times,
         multiple_of=options.multiple_of,
+        minimum=options.minimum,
         example_inputs=network.batch(options.latency_batch),
         seed=options.seed,
         state=state,
@@ -156,38 +164,21 @@ def decide(
     )
 
 
-def _curves(options: Namespace) -> Sensitivity | None:
-    return None if options.curves is None else Sensitivity.from_json(read_text(options.curves))
-
-
-def leftovers(state: Path) -> list[Path]:
-    """Return the files that an interrupted run has left."""
-    kept = [state, *(Path(f"{state}.{kind}") for kind in ("curves", "latency"))]
-    return [path for path in kept if path.exists()]
-
-
-def read_text(path: Path) -> str:
-    """Return the text of a file.
-
-    Raises:
-        FileError: if it cannot be read.
-    """
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileError(f"{str(path)!r} cannot be read ({error})") from error
-
-
 def _has_budget(options: Namespace) -> bool:
     budgets = (options.macs, options.params, options.activations, options.latency_ms)
     return any(budget is not None for budget in budgets)
 
 
-def _latency_table(options: Namespace, network: Network, bars: Bars) -> LatencyTable | None:
-    if options.latency is not None:
-        return LatencyTable.from_json(read_text(options.latency))
-    if options.latency_ms is None:
+def given_times(options: Namespace) -> LatencyTable | None:
+    """Return the times that ``--latency`` names, if any."""
+    if options.latency is None:
         return None
+    return read_document(options.latency, LatencyTable.from_json)
+
+
+def _latency_table(options: Namespace, network: Network, bars: Bars) -> LatencyTable | None:
+    if options.latency is not None or options.latency_ms is None:
+        return given_times(options)
     batch = network.batch(options.latency_batch)
     reader = Reader(streams=options.streams)
     return Measurements(network.model, None, batch, options.seed, None, bars, reader).latency()
@@ -214,7 +205,7 @@ def _number(value: float) -> str:
 
 
 def _difference(first: Path, second: Path) -> Result:
-    one, other = (Plan.from_json(read_text(path)) for path in (first, second))
+    one, other = (read_document(path, Plan.from_json) for path in (first, second))
     found = one.differences(other)
     rows: list[Sequence[str]] = [("space", "channels", str(first), str(second))]
     data: dict[str, Any] = {}

@@ -55,10 +55,16 @@ class Images:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The images to compress with, and others to measure on."""
+    """The images to compress with, and others to measure on.
+
+    Attributes:
+        train, held_out: the images.
+        folders: that stand beside each other, one for each class it may be.
+    """
 
     train: Images
     held_out: Images
+    folders: int
 
 
 def read_folders(directory: Path, classes: int, seed: int = 0) -> Split:
@@ -86,11 +92,11 @@ def read_folders(directory: Path, classes: int, seed: int = 0) -> Split:
     images = _images(train, known).shuffled(seed)
     others = [directory / name for name in _MEASURED if (directory / name).is_dir()]
     if train is inner and others:
-        return Split(images, _images(others[0], known).shuffled(seed))
+        return Split(images, _images(others[0], known).shuffled(seed), len(names))
     if len(images) < 2:
         raise DataError(f"there is one image in {str(train)!r}, and another one to measure on none")
     aside = max(1, round(SET_ASIDE * len(images)))
-    return Split(images[aside:], images[:aside])
+    return Split(images[aside:], images[:aside], len(names))
 
 
 def open_data(options: Namespace, network: Network) -> tuple[DataLoader[Any], DataLoader[Any]]:
@@ -101,9 +107,17 @@ def open_data(options: Namespace, network: Network) -> tuple[DataLoader[Any], Da
         network: whose images they are to be.
 
     Raises:
-        DataError: if there are too few images.
+        DataError: if there are too few images, or labels are wanted that they have not.
     """
-    split = read_folders(options.data, classes_of(network), options.seed)
+    classes = classes_of(network)
+    split = read_folders(options.data, classes, options.seed)
+    if getattr(options, "labels", None) and split.train.labels is None:
+        beside = ", and images beside them" if split.folders == classes else ""
+        raise DataError(
+            f"--labels needs the class of every image, by a folder for each class: "
+            f"{str(options.data)!r} has {split.folders:,} class folders{beside}, the model "
+            f"{classes:,} classes"
+        )
     rank, count = processes.rank(), processes.count()
     train = split.train[: options.images]
     if len(train) < count:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite, prod
-from numbers import Real
 from typing import Final, Literal, get_args
 
 import numpy as np
 
 from torchcap.errors import NothingToCompressError, PlanError
 from torchcap.graph.spaces import ChannelSpace, SpaceGraph
-from torchcap.plan import price as prices
 from torchcap.plan.cost import cost
-from torchcap.plan.latency import LatencyPrice, LatencyTable
+from torchcap.plan.latency import LatencyTable
+from torchcap.plan.limits import Budget, Limits
 from torchcap.plan.minimize import minimize
 from torchcap.plan.plan import Plan
-from torchcap.plan.price import Price, Table, Vector, as_vector
+from torchcap.plan.price import Table, Vector
 from torchcap.plan.sensitivity import Curve, Sensitivity
 
 CANDIDATES: Final = 64
@@ -65,30 +63,47 @@ def allocate(  # noqa: PLR0913 - an argument for each thing that may be said
         fixed: names of spaces that keep all channels.
 
     Raises:
-        PlanError: if no or several budgets are given, or one that cannot be reached; for curves or
-            times of another model, unknown spaces and shares outside of (0, 1].
+        PlanError: if no or several budgets are given, one that cannot be reached, or one that the
+            model keeps to as it is; for curves or times of another model, unknown spaces and
+            shares outside of (0, 1].
         NothingToCompressError: if no curve belongs to a free space.
 
     References:
         Minnehan & Savakis, "Cascaded Projection", CVPR 2019, sec. 4.1 (the plan "CaP Optimal").
         Everett, "Generalized Lagrange multiplier method", Operations Research 1963.
     """
-    _check_arguments(loss, multiple_of, minimum)
+    if loss not in get_args(Loss):
+        raise PlanError(f"loss is one of {', '.join(get_args(Loss))}; got {loss!r}")
+    limits = Limits(
+        macs=macs,
+        params=params,
+        activations=activations,
+        latency_ms=latency_ms,
+        latency=latency,
+        multiple_of=multiple_of,
+        minimum=minimum,
+        fixed=fixed,
+    )
     curves = _curves(graph, sensitivity)
-    price, budget = _budget(graph, latency, macs, params, activations, latency_ms)
-    least = minimum if isinstance(minimum, Mapping) else dict.fromkeys(curves, minimum)
-    _check_names(graph, {*least, *fixed})
-    ladders = []
-    for space in graph.free:
-        if space.name in curves and space.name not in fixed:
-            lowest = least.get(space.name, 0.0) * space.channels
-            losses = _losses(curves[space.name], loss, sensitivity.baseline)
-            ladders.append(_ladder(space, losses, lowest, multiple_of))
-        else:
-            ladders.append(Ladder(np.array([float(space.channels)]), np.zeros(1)))
-    ranks = _Search(ladders, price, budget).ranks()
-    chosen = dict(zip(price.spaces, map(int, ranks), strict=True))
+    losses = {n: _losses(curve, loss, sensitivity.baseline) for n, curve in curves.items()}
+    search = _search(graph, limits, losses)
+    chosen = dict(zip(search.budget.price.spaces, map(int, search.ranks()), strict=True))
     return Plan.of(graph, {name: rank for name, rank in chosen.items() if name in curves})
+
+
+def check_reachable(graph: SpaceGraph, limits: Limits, fewest: Mapping[str, int]) -> None:
+    """Raise what :func:`allocate` would raise for its limits, before there are any curves.
+
+    Args:
+        graph: what :func:`torchcap.analyze` found.
+        limits: of the plan.
+        fewest: space name -> the fewest channels that its curve is going to be measured at.
+
+    Raises:
+        PlanError: as for :func:`allocate`.
+    """
+    nothing = {name: {rank: 0.0, graph[name].channels: 0.0} for name, rank in fewest.items()}
+    _search(graph, limits, nothing).cheapest()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,15 +119,14 @@ class _Search:
 
     Attributes:
         ladders: of each space.
-        price: what ranks cost together.
-        budget: what they may cost.
+        budget: what ranks may cost together.
     """
 
-    def __init__(self, ladders: Sequence[Ladder], price: Price, budget: float) -> None:
-        self.ladders, self.price, self.budget = ladders, price, budget
+    def __init__(self, ladders: Sequence[Ladder], budget: Budget) -> None:
+        self.ladders, self.budget, self.most = ladders, budget, budget.most
         self.sizes = [len(ladder.ranks) for ladder in ladders]
         self.losses: list[Table] = [((i,), ladder.losses) for i, ladder in enumerate(ladders)]
-        self.costs = list(price.tables([ladder.ranks for ladder in ladders]))
+        self.costs = list(budget.price.tables([ladder.ranks for ladder in ladders]))
 
     def ranks(self) -> Vector:
         """Return the ranks.
@@ -120,16 +134,25 @@ class _Search:
         Raises:
             PlanError: if the budget cannot be reached.
         """
-        cheapest = minimize(self.sizes, self.costs)
-        if self._cost(cheapest) > self.budget:
-            raise PlanError(
-                f"a budget of {self.budget:,.6g} cannot be reached: with the fewest channels that "
-                f"are allowed the model costs {self._cost(cheapest):,.6g}. Raise the budget, lower "
-                "minimum=, measure smaller shares, or compress more spaces (streams=True)"
-            )
-        tried = [cheapest, self._uniform(), *self._by_price()]
-        fitting = [chosen for chosen in tried if self._cost(chosen) <= self.budget]
+        tried = [self.cheapest(), self._uniform(), *self._by_price()]
+        fitting = [chosen for chosen in tried if self._cost(chosen) <= self.most]
         return self._at(self._filled(min(fitting, key=self._loss)))
+
+    def cheapest(self) -> list[int]:
+        """Return where on the ladders the ranks stand that cost least.
+
+        Raises:
+            PlanError: if the budget cannot be reached.
+        """
+        cheapest = minimize(self.sizes, self.costs)
+        if (cost := self._cost(cheapest)) > self.most:
+            raise PlanError(
+                f"a budget of {self.most:,.6g} {self.budget.unit} cannot be reached: with the "
+                f"fewest channels that are allowed the model costs {cost:,.6g}. Raise the budget, "
+                "lower the least share that a space keeps (minimum), measure smaller shares, or "
+                "let residual streams be spaces too (streams)"
+            )
+        return cheapest
 
     def _uniform(self) -> list[int]:
         """Return the largest ranks that are about the same share of every space, and fit."""
@@ -140,23 +163,23 @@ class _Search:
                 max(0, int(np.searchsorted(ladder.ranks, rank, "right")) - 1)
                 for ladder, rank in zip(self.ladders, wanted, strict=True)
             ]
-            if self._cost(tried) <= self.budget:
+            if self._cost(tried) <= self.most:
                 chosen = tried
         return chosen
 
     def _by_price(self) -> list[list[int]]:
         """Return the best ranks at several prices of a unit of the budget, about where they fit."""
-        low, high = 0.0, 1e-9 / max(self.budget, 1e-9)
+        low, high = 0.0, 1e-9 / max(self.most, 1e-9)
         found = [self._best(0.0)]
-        if self._cost(found[0]) <= self.budget:
+        if self._cost(found[0]) <= self.most:
             return found
-        while self._cost(found[-1]) > self.budget and high < _HIGHEST_PRICE:
+        while self._cost(found[-1]) > self.most and high < _HIGHEST_PRICE:
             low, high = high, 4 * high
             found.append(self._best(high))
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
             found.append(self._best(middle))
-            if self._cost(found[-1]) > self.budget:
+            if self._cost(found[-1]) > self.most:
                 low = middle
             else:
                 high = middle
@@ -178,7 +201,7 @@ class _Search:
                     gain = ladder.losses[chosen[space]] - ladder.losses[index]
                     tried = [*chosen[:space], index, *chosen[space + 1 :]]
                     added = self._cost(tried) - cost
-                    if cost + added > self.budget:
+                    if cost + added > self.most:
                         break
                     rate = gain / max(added, 1e-12)
                     if gain > 0 and rate > worth:
@@ -191,10 +214,23 @@ class _Search:
         return np.array([ladder.ranks[i] for ladder, i in zip(self.ladders, chosen, strict=True)])
 
     def _cost(self, chosen: Sequence[int]) -> float:
-        return self.price.total(self._at(chosen))
+        return self.budget.price.total(self._at(chosen))
 
     def _loss(self, chosen: Sequence[int]) -> float:
         return float(sum(ladder.losses[i] for ladder, i in zip(self.ladders, chosen, strict=True)))
+
+
+def _search(
+    graph: SpaceGraph, limits: Limits, losses: Mapping[str, Mapping[int, float]]
+) -> _Search:
+    """Set up the search, where spaces without measured losses keep their channels."""
+    ladders = [
+        _ladder(space, losses[space.name], limits.lowest(space), limits.multiple_of)
+        if space.name in losses and space.name not in limits.fixed
+        else Ladder(np.array([float(space.channels)]), np.zeros(1))
+        for space in graph.free
+    ]
+    return _Search(ladders, limits.budget(graph))
 
 
 _HALVINGS: Final = 30
@@ -229,76 +265,6 @@ def _ladder(
     return Ladder(ranks.astype(float), np.maximum(between, 0.0))
 
 
-def _budget(
-    graph: SpaceGraph,
-    latency: LatencyTable | None,
-    macs: float | None,
-    params: float | None,
-    activations: float | None,
-    latency_ms: float | None,
-) -> tuple[Price, float]:
-    """Return what is to be paid for, and how much of it there may be."""
-    given = {
-        "macs": (macs, prices.multiply_adds),
-        "params": (params, prices.parameters),
-        "activations": (activations, prices.activations),
-    }
-    named = [name for name, (value, _) in given.items() if value is not None]
-    named += ["latency_ms"] if latency_ms is not None else []
-    if len(named) != 1:
-        raise PlanError(
-            "give exactly one budget: macs=, params=, activations= or latency_ms=; got "
-            f"{', '.join(named) or 'none'}"
-        )
-    if latency_ms is not None:
-        if latency is None:
-            raise PlanError(
-                "a budget in milliseconds needs latency=, the times of the model's layers; "
-                "measure them on the target device: measure_latency(model)"
-            )
-        _check_positive("latency_ms", latency_ms)
-        return LatencyPrice(graph, latency), latency_ms
-    value, make = given[named[0]]
-    assert value is not None  # noqa: S101 - it is the one that was given
-    _check_positive(named[0], value)
-    price = make(graph)
-    if value > 1:
-        return price, float(value)
-    if params is not None:  # a share of what the model has now: folding may add biases
-        return price, value * sum(map(prod, graph.tensors.values()))
-    full = as_vector(price.spaces, {space.name: space.channels for space in graph.free})
-    return price, value * price.total(full)
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not _is_number(value) or not value > 0:
-        raise PlanError(f"{name} is a positive budget; got {value!r}")
-
-
-def _check_arguments(loss: Loss, multiple_of: int, minimum: float | Mapping[str, float]) -> None:
-    if loss not in get_args(Loss):
-        raise PlanError(f"loss is one of {', '.join(get_args(Loss))}; got {loss!r}")
-    if not isinstance(multiple_of, int) or multiple_of < 1:
-        raise PlanError(f"multiple_of is a whole number from 1 on; got {multiple_of!r}")
-    for share in minimum.values() if isinstance(minimum, Mapping) else [minimum]:
-        if not _is_number(share) or not 0 < share <= 1:
-            raise PlanError(f"minimum is a share of the channels, 0 < minimum <= 1; got {share!r}")
-
-
-def _is_number(value: object) -> bool:
-    """Whether a value is a finite number of any kind (NumPy's, say), and no truth value."""
-    return not isinstance(value, bool) and isinstance(value, Real) and isfinite(value)
-
-
-def _check_names(graph: SpaceGraph, names: Collection[str]) -> None:
-    unknown = sorted(set(names) - {space.name for space in graph.free})
-    if unknown:
-        raise PlanError(
-            f"{graph.model!r} has no free space {', '.join(map(repr, unknown))}; see "
-            "print(analyze(model))"
-        )
-
-
 def _curves(graph: SpaceGraph, sensitivity: Sensitivity) -> dict[str, Curve]:
     """Return the curves by space, if they are those of this graph."""
     curves = {curve.space: curve for curve in sensitivity.curves}
@@ -307,19 +273,18 @@ def _curves(graph: SpaceGraph, sensitivity: Sensitivity) -> dict[str, Curve]:
     if other:
         raise PlanError(
             f"the curves were measured on another model ({sensitivity.model!r}): {graph.model!r} "
-            f"has no free space {other[0]!r} of {curves[other[0]].channels} channels; measure "
-            "this one: sensitivity(model, data)"
+            f"has no free space {other[0]!r} of {curves[other[0]].channels} channels; measure the "
+            "sensitivity of this one"
         )
     counted = cost(graph).parameters
     if sensitivity.parameters not in {0, counted}:
         raise PlanError(
             f"the curves were measured on another model ({sensitivity.model!r}, of "
             f"{sensitivity.parameters:,} parameters, norms folded) than this {graph.model!r} of "
-            f"{counted:,}; measure this one: sensitivity(model, data)"
+            f"{counted:,}; measure the sensitivity of this one"
         )
     if not curves:
         raise NothingToCompressError(
-            f"there are no curves of {graph.model!r} to allocate by; measure them: "
-            "sensitivity(model, data)"
+            f"there are no curves of {graph.model!r} to allocate by; measure its sensitivity"
         )
     return curves

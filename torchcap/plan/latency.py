@@ -16,7 +16,7 @@ import numpy as np
 
 from torchcap.errors import PlanError
 from torchcap.graph.spaces import SpaceGraph
-from torchcap.plan.documents import check_kind, parsed
+from torchcap.plan.documents import Entry, document, parsed
 from torchcap.plan.plan import Plan
 from torchcap.plan.price import (
     Quadratic,
@@ -57,10 +57,11 @@ class LayerTimes:
                 f"times of a layer at {shape[0]} by {shape[1]} widths need a table of that shape; "
                 f"got {len(self.milliseconds)} rows of {sorted(rows)}"
             )
-        if list(self.outputs) != sorted({*self.outputs}) or list(self.inputs) != sorted(
-            {*self.inputs}
-        ):
-            raise PlanError(f"widths of a layer have to rise; got {self.outputs}, {self.inputs}")
+        widths = (self.outputs, self.inputs)
+        if any(list(row) != sorted({*row}) or row[0] < 1 for row in widths):
+            raise PlanError(
+                f"widths of a layer have to rise, from 1 on; got {self.outputs}, {self.inputs}"
+            )
         if not all(isfinite(t) and t >= 0 for row in self.milliseconds for t in row):
             raise PlanError("times of a layer are finite and not negative")
         if len(self.steps) != 2 or min(self.steps) < 1:
@@ -110,14 +111,11 @@ class LatencyTable:
         Raises:
             PlanError: if the text is not JSON, or no table.
         """
-        data = parsed(text, "latency table")
-        check_kind(data, "latency table", _FORMAT, _VERSION)
-        try:
-            layers = {name: _layer_times(entry) for name, entry in data["layers"].items()}
-            numbers = {name: float(data[name]) for name in ("rest", "rest_floor", "whole")}
-            return cls(str(data["model"]), str(data["device"]), layers, **numbers)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlanError(f"not a latency table: could not read {error}") from error
+        found = document(parsed(text, "latency table"), "latency table", _FORMAT, _VERSION)
+        found.check_keys("format", "version", *_FIELDS, "layers")
+        layers = {name: _layer_times(entry) for name, entry in found.entries("layers", "layer")}
+        numbers = {name: found.number(name) for name in ("rest", "rest_floor", "whole")}
+        return cls(found.text("model"), found.text("device"), layers, **numbers)
 
 
 _FIELDS = ("model", "device", "rest", "rest_floor", "whole")
@@ -148,7 +146,7 @@ class LatencyPrice:
             if name not in table.layers:
                 raise PlanError(
                     f"layer {name!r} of {graph.model!r} is not in the latency table, which was "
-                    f"measured on {table.model!r}; measure this model: measure_latency(model)"
+                    f"measured on {table.model!r}; measure the latency of this model"
                 )
             times = table.layers[name]
             if axes:
@@ -251,7 +249,7 @@ def _check_widths(
             raise PlanError(
                 f"the latency table has layer {name!r} at widths {grid}, and here its width is up "
                 f"to {shape[axis]}{' and may shrink' if alone else ''}: it was measured on another "
-                "model, or with other spaces (streams=); measure this one"
+                "model, or with other spaces (streams); measure the latency of this one"
             )
 
 
@@ -276,7 +274,12 @@ def _between(
     return share, low, high
 
 
-def _layer_times(entry: Mapping[str, Any]) -> LayerTimes:
-    rows = tuple(tuple(map(float, row)) for row in entry["milliseconds"])
-    outputs, inputs, steps = (tuple(map(int, entry[n])) for n in ("outputs", "inputs", "steps"))
-    return LayerTimes(outputs, inputs, rows, steps)  # type: ignore[arg-type] # checked there
+def _layer_times(entry: Entry) -> LayerTimes:
+    widths = ("outputs", "inputs", "steps")
+    entry.check_keys(*widths, "milliseconds")
+    outputs, inputs, steps = (entry.wholes(name) for name in widths)
+    rows = entry.rows("milliseconds")
+    try:
+        return LayerTimes(outputs, inputs, rows, steps)  # type: ignore[arg-type] # checked there
+    except PlanError as error:
+        raise PlanError(f"{entry.where}: {error}") from error

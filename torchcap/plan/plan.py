@@ -13,9 +13,10 @@ from typing import Any
 
 from torchcap.errors import NothingToCompressError, PlanError
 from torchcap.graph.spaces import ChannelSpace, SpaceGraph
-from torchcap.plan.documents import check_kind, parsed
+from torchcap.plan.documents import document, parsed
 
 _NAMED = 5  # differences, in a message
+_SEE = "see its spaces: analyze(model), or `torchcap inspect`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +142,10 @@ class Plan:
         if differences := list(self._differences_from(graph)):
             some = "\n".join(f"  {line}" for line in differences[:_NAMED])
             more = f"\n  … and {len(differences) - _NAMED} more" if differences[_NAMED:] else ""
+            made = f"was made for a {self.model!r} and " if self.model != graph.model else ""
             raise PlanError(
-                f"the plan was made for another model{f' ({self.model!r})' if self.model else ''} "
-                f"than this {graph.model!r}:\n{some}{more}\n"
-                "make a plan from analyze() of this model"
+                f"the plan {made if self.model else ''}does not fit this {graph.model!r}:\n"
+                f"{some}{more}\nmend it, or make a plan for this model"
             )
         for name, choice in self.choices.items():
             space = _find(graph, name)
@@ -154,7 +155,7 @@ class Plan:
                     f"a multiple of {space.blocks}; got {choice.rank}"
                 )
         if not self.choices:
-            raise PlanError("the plan names no space; give at least one, or use ratio=")
+            raise PlanError("the plan names no space; give at least one, or a ratio")
 
     def _differences_from(self, graph: SpaceGraph) -> Iterator[str]:
         there = {space.name: space.channels for space in graph.spaces}
@@ -180,17 +181,14 @@ class Plan:
         Raises:
             PlanError: if the dictionary is not a plan of a version that this library knows.
         """
-        check_kind(data, "plan", "torchcap-plan", 1)
-        try:
-            choices = {
-                str(name): Choice(entry["channels"], entry["rank"], str(entry.get("reason", "")))
-                for name, entry in data["spaces"].items()
-            }
-        except (KeyError, TypeError, AttributeError) as error:
-            raise PlanError(
-                f'a plan maps each space to {{"channels": …, "rank": …}}; could not read {error}'
-            ) from error
-        return cls(choices, str(data.get("model", "")))
+        plan = document(data, "plan", "torchcap-plan", 1)
+        plan.check_keys("format", "version", "spaces", optional=("model",))
+        choices = {}
+        for name, space in plan.entries("spaces", "space"):
+            space.check_keys("channels", "rank", optional=("reason",))
+            reason = space.text("reason") if "reason" in space.values else ""
+            choices[name] = Choice(space.whole("channels"), space.whole("rank"), reason)
+        return cls(choices, plan.text("model") if "model" in data else "")
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""
@@ -248,7 +246,7 @@ def _find(graph: SpaceGraph, name: str) -> ChannelSpace:
 
 def _hint(graph: SpaceGraph, name: str) -> str:
     close = difflib.get_close_matches(str(name), [s.name for s in graph.free], n=3)
-    return f"did you mean {', '.join(map(repr, close))}?" if close else "see print(analyze(model))"
+    return f"did you mean {', '.join(map(repr, close))}?" if close else _SEE
 
 
 def _check_ratio(ratio: float, name: str) -> None:
@@ -276,5 +274,5 @@ def _nothing(graph: SpaceGraph) -> str:
         f"{graph.model!r} has no channel space that can be compressed:\n"
         f"{found or '  no layer was found'}\n"
         "An operator that torchcap does not know can be taught: analyze(model, rules={...}); "
-        "residual streams are spaces too with streams=True"
+        "residual streams are spaces too where that is asked for (streams)"
     )

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from math import isfinite
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torchcap.errors import PlanError
-from torchcap.plan.documents import check_kind, parsed
+from torchcap.plan.documents import Entry, document, parsed
 
 Metric = Literal["accuracy", "agreement"]
 
@@ -53,8 +53,10 @@ class Curve:
                 f"the curve of space {self.space!r} has {len(self.ranks)} ranks, so it needs as "
                 f"many errors, output errors and scores; got {[len(row) for row in rows]}"
             )
-        if not all(isfinite(value) for row in rows for value in row):
-            raise PlanError(f"the curve of space {self.space!r} holds NaN or infinity")
+        if not all(isfinite(value) and value >= 0 for row in rows for value in row):
+            raise PlanError(
+                f"the curve of space {self.space!r} holds a number that is negative or not finite"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,18 @@ class Sensitivity:
     images: int
     parameters: int = 0
 
+    def __post_init__(self) -> None:
+        if self.metric not in get_args(Metric):
+            raise PlanError(f"the metric is 'accuracy' or 'agreement'; got {self.metric!r}")
+        if not 0 <= self.baseline <= 1 or min(self.images, self.parameters) < 0:
+            raise PlanError(
+                "the baseline is a share within 0..1, and numbers of images and parameters are not "
+                f"negative; got {self.baseline!r}, {self.images!r} and {self.parameters!r}"
+            )
+        spaces = [curve.space for curve in self.curves]
+        if twice := sorted({space for space in spaces if spaces.count(space) > 1}):
+            raise PlanError(f"space {twice[0]!r} has more than one curve")
+
     def __getitem__(self, space: str) -> Curve:
         for curve in self.curves:
             if curve.space == space:
@@ -97,28 +111,17 @@ class Sensitivity:
         Raises:
             PlanError: if the dictionary holds something else.
         """
-        check_kind(data, "sensitivity", _FORMAT, _VERSION)
-        try:
-            curves = tuple(
-                Curve(
-                    str(entry["space"]),
-                    int(entry["channels"]),
-                    tuple(map(int, entry["ranks"])),
-                    tuple(map(float, entry["errors"])),
-                    tuple(map(float, entry["output_errors"])),
-                    tuple(map(float, entry["scores"])),
-                )
-                for entry in data["curves"]
-            )
-            metric, baseline = data["metric"], float(data["baseline"])
-            counts = int(data["images"]), int(data.get("parameters", 0))
-            if metric not in {"accuracy", "agreement"}:
-                raise PlanError(f"the metric is 'accuracy' or 'agreement'; got {metric!r}")
-            return cls(str(data["model"]), curves, metric, baseline, *counts)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, PlanError):
-                raise
-            raise PlanError(f"not a sensitivity: could not read {error}") from error
+        found = document(data, "sensitivity", _FORMAT, _VERSION)
+        needed = ("format", "version", "model", "curves", "metric", "baseline", "images")
+        found.check_keys(*needed, optional=("parameters", "of"))
+        curves = tuple(
+            _curve(found.entry(value, f"curve {number}"))
+            for number, value in enumerate(found.sequence("curves"), 1)
+        )
+        metric: Any = found.text("metric")
+        parameters = found.whole("parameters") if "parameters" in data else 0
+        counts = found.whole("images"), parameters
+        return cls(found.text("model"), curves, metric, found.number("baseline"), *counts)
 
     def to_json(self) -> str:
         """Return the measurements as JSON text."""
@@ -149,3 +152,13 @@ class Sensitivity:
                 for rank, error, score in zip(curve.ranks, curve.errors, curve.scores, strict=True)
             )
             yield f"{curve.space:{width}}  {curve.channels:8d}  {points}"
+
+
+def _curve(entry: Entry) -> Curve:
+    rows = ("errors", "output_errors", "scores")
+    if isinstance(space := entry.values.get("space"), str):
+        entry = entry.at(f"the curve of space {space!r}")
+    entry.check_keys("space", "channels", "ranks", *rows)
+    errors, output_errors, scores = (entry.numbers(row) for row in rows)
+    sizes = entry.whole("channels"), entry.wholes("ranks")
+    return Curve(entry.text("space"), *sizes, errors, output_errors, scores)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torchcap.errors import RecipeError, StateError
 
 _FORMAT, _VERSION = "torchcap-state", 1
 _KEYS = {"identity", "phase", "parts", "inner"}
+_NAMED = 5  # differences, in a message
 
 
 class StateFile:
@@ -71,8 +73,8 @@ class StateFile:
         for key, value in self.identity.items():
             if content["identity"].get(key) != value:
                 raise StateError(
-                    f"{str(self.path)!r} is the state of another run: its {key} is\n"
-                    f"  {content['identity'].get(key)!r}, here it is\n  {value!r}\n"
+                    f"{str(self.path)!r} is the state of another run: its {key} is"
+                    f"{_told(content['identity'].get(key), value)}\n"
                     "Give another path, or remove it to begin anew"
                 )
         self.phase, self.parts, self.inner = content["phase"], content["parts"], content["inner"]
@@ -127,6 +129,25 @@ class StateFile:
                 f"the state cannot be written to {str(self.path)!r} ({error}); {kept}. Free some "
                 "space and call again with the same arguments to go on from there"
             ) from error
+
+
+def _told(there: Any, here: Any) -> str:
+    """Say how plain data differs; of mappings a few of the entries that do."""
+    if not isinstance(there, Mapping) or not isinstance(here, Mapping):
+        return f"\n  {there!r}, here it is\n  {here!r}"
+    found = list(_differences(there, here))
+    more = [f"  … and {len(found) - _NAMED} more"] if found[_NAMED:] else []
+    return "\n".join([" another one:", *found[:_NAMED], *more])
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any], at: str = "") -> Iterator[str]:
+    for key in dict.fromkeys([*there, *here]):
+        one, other = there.get(key), here.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from _differences(one, other, f"{at}{key}: ")
+        elif one != other:
+            sides = ("missing" if side is None else shortened(side) for side in (one, other))
+            yield "  {}{}: {}, here {}".format(at, key, *sides)
 
 
 def check_folder(path: Path) -> None:
