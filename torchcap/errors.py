@@ -63,7 +63,7 @@ class StateError(TorchcapError, OSError):
 
 
 class FileError(TorchcapError, OSError):
-    """A saved model that cannot be written, read, or applied to the model given."""
+    """A file that cannot be written or read, or a saved model that is not that of the model given."""
 
 
 class MissingPackageError(TorchcapError, ImportError):
