@@ -63,7 +63,7 @@ class StateError(TorchcapError, OSError):
 
 
 class FileError(TorchcapError, OSError):
-    """A file that cannot be written or read, or a saved model that is not that of the model given."""
+    """A file that cannot be written or read, or that does not fit the model given."""
 
 
 class MissingPackageError(TorchcapError, ImportError):
