@@ -104,6 +104,19 @@ def test_inspect_prints_what_analyze_finds(capsys):
     assert capsys.readouterr().out == f"{torchcap.analyze(model)}\n"
 
 
+def test_inspect_takes_attention_apart_if_told(capsys):
+    vit = ["inspect", "torchvision:vit_b_32", "--random-weights"]
+    plain, split = (parsed(capsys, [*vit, *flag]) for flag in ([], ["--split-attention"]))
+    assert plain["macs"] == split["macs"]
+    assert sum(space["name"].endswith(".v_proj") for space in plain["spaces"]) == 0
+    assert sum(space["name"].endswith(".v_proj") for space in split["spaces"]) == 12
+
+
+def test_model_without_such_attention_cannot_be_split(capsys):
+    assert main(["inspect", *TINY, "--split-attention"]) == 1
+    assert "has no nn.MultiheadAttention" in capsys.readouterr().err
+
+
 def test_inspect_reads_residual_streams_if_told(capsys):
     plain = parsed(capsys, ["inspect", *TINY])
     streams = parsed(capsys, ["inspect", *TINY, "--streams"])

@@ -156,13 +156,13 @@ def _command(
 
 def _inspect(parser: ArgumentParser) -> None:
     _add_model(parser)
-    _add_streams(parser)
+    _add_reading(parser)
 
 
 def _sensitivity(parser: ArgumentParser) -> None:
     _add_model(parser)
     _add_data(parser)
-    _add_streams(parser)
+    _add_reading(parser)
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="FILE", help="JSON; goes on from it if there")
     add("--shares", type=_share, nargs="+", metavar="S", help="of the channels, kept in turn")
@@ -171,7 +171,7 @@ def _sensitivity(parser: ArgumentParser) -> None:
 
 def _latency(parser: ArgumentParser) -> None:
     _add_model(parser)
-    _add_streams(parser)
+    _add_reading(parser)
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="FILE", help="the table, JSON")
     add("--batch", type=_count, default=1, metavar="N", help="images a forward (1)")
@@ -181,7 +181,7 @@ def _plan(parser: ArgumentParser) -> None:
     _add_model(parser, optional=True)
     _add_budget(parser)
     _add_data(parser, required=False)
-    _add_streams(parser)
+    _add_reading(parser)
     add = parser.add_argument
     add("--out", type=Path, metavar="FILE", help="the plan, JSON")
     add("--plot", type=Path, metavar="FILE", help="draw the plan, in the format of its ending")
@@ -192,7 +192,7 @@ def _compress(parser: ArgumentParser) -> None:
     _add_model(parser)
     _add_budget(parser).add_argument("--plan", type=Path, metavar="FILE", help="a saved plan")
     _add_data(parser)
-    _add_streams(parser)
+    _add_reading(parser)
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="FILE", help="the small model, safetensors")
     recipes = ("seconds", "minutes", "full")
@@ -244,8 +244,11 @@ def _add_data(parser: ArgumentParser, *, required: bool = True) -> None:
     add("--workers", type=_natural, default=0, metavar="N", help="processes that read images (0)")
 
 
-def _add_streams(parser: ArgumentParser) -> None:
-    parser.add_argument("--streams", action="store_true", help="residual streams are spaces too")
+def _add_reading(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("what is a channel space")
+    add = group.add_argument
+    add("--streams", action="store_true", help="residual streams are spaces too")
+    add("--split-attention", action="store_true", help="take nn.MultiheadAttention apart")
 
 
 def _add_budget(parser: ArgumentParser) -> argparse._MutuallyExclusiveGroup:

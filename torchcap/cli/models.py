@@ -22,6 +22,7 @@ from torchcap.checkpoint.builders import set_images_
 from torchcap.checkpoint.load import describe, load
 from torchcap.errors import FileError, ModelError
 from torchcap.graph.inputs import default_inputs
+from torchcap.transform.split import split_attention
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -74,7 +75,7 @@ def open_network(options: Namespace, *, trained: bool = True) -> Network:
 
     Args:
         options: ``model``, ``weights``, ``num_classes``, ``random_weights``, ``image_size``,
-            ``device`` and ``seed``.
+            ``device``, ``seed`` and ``split_attention``.
         trained: whether the command needs trained weights.
 
     Raises:
@@ -96,6 +97,8 @@ def open_network(options: Namespace, *, trained: bool = True) -> Network:
         model = _built(builder, options, pretrained=pretrained)
     if options.weights is not None:
         load_weights_(model, options.weights)
+    if getattr(options, "split_attention", False):  # some commands read no spaces
+        model = split_attention(model)
     size = None if options.image_size is None else (3, options.image_size, options.image_size)
     return _network(model, builder, options, size)
 
