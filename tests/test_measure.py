@@ -108,6 +108,29 @@ def test_labels_make_scores_accuracies() -> None:
     assert found.curves[0].scores[-1] == pytest.approx(found.baseline)
 
 
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda y: y + 100, "a label 10"),
+        (lambda y: y[:, None], "do not fit logits"),
+        (lambda y: torch.nn.functional.one_hot(y, 10), "do not fit logits"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(change, problem: str) -> None:
+    data = [(x, change(y)) for x, y in batches(answers=True)]
+    with pytest.raises(DataError, match=problem):
+        sensitivity(built(Residual), data, shares=(0.5,))
+
+
+def test_shares_of_classes_are_labels_too() -> None:
+    data = batches(answers=True)
+    classes = built(Residual)(data[0][0]).shape[1]
+    mixed = [(x, torch.nn.functional.one_hot(y, classes).to(x.dtype)) for x, y in data]
+    found, usual = (sensitivity(built(Residual), d, shares=(0.5,)) for d in (mixed, data))
+    assert found.metric == "accuracy"
+    assert found.baseline == usual.baseline
+
+
 def test_plain_networks_are_measured_at_the_layer_that_reads() -> None:
     found = sensitivity(built(Plain), batches(), shares=SHARES)
     assert all(curve.errors[0] > 0 for curve in found.curves)

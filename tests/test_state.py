@@ -288,6 +288,12 @@ def test_state_of_other_weights_is_refused(interrupted: Path) -> None:
         torchcap.compress(model, DATA["a list"](), recipe=RECIPE, state=interrupted)
 
 
+def test_state_of_other_images_is_refused(interrupted: Path) -> None:
+    others = [images(seed=seed) for seed in range(3, 6)]
+    with pytest.raises(StateError, match=r"another run: its data is"):
+        torchcap.compress(built(MODELS["bottleneck"]), others, recipe=RECIPE, state=interrupted)
+
+
 @pytest.mark.parametrize("left", [0, 1, 100, 0.5, 0.99])
 def test_truncated_state_is_refused(interrupted: Path, left: float) -> None:
     content = interrupted.read_bytes()
