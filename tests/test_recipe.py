@@ -25,6 +25,7 @@ from torchcap import (
     Recipe,
     RecipeError,
     Relaxation,
+    compress,
     layer_by_layer,
     odd_then_even,
 )
@@ -410,3 +411,24 @@ def test_sgd_takes_steps_against_the_gradient_with_nesterovs_momentum() -> None:
     (plain,) = parameters(1.0)
     step(SGD(0.1, momentum=0.0, weight_decay=0.5)([plain]), gradient=2.0)
     torch.testing.assert_close(plain.detach(), before - 0.1 * (2.0 + 0.5 * before))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda: Recipe.minutes().but(relax=Relaxation()), "Recipe has no 'relax'.*'relaxation'"),
+        (lambda: Relaxation().but(epoch=1), "Relaxation has no 'epoch'.*'epochs'"),
+        (lambda: ClosedForm().but(zzz=1), "ClosedForm has no 'zzz'; it has ridge, memory, batches"),
+        (lambda: Recipe(relaxation=5), "relaxation of a recipe is a Relaxation"),
+        (lambda: Recipe(solve=Relaxation()), "solve of a recipe is a ClosedForm"),
+        (lambda: Recipe(start=None), "start of a recipe is a ClosedForm or an initializer"),
+    ],
+)
+def test_values_that_there_are_not_are_refused(change, problem):
+    with pytest.raises(RecipeError, match=problem):
+        change()
+
+
+def test_recipe_is_no_word():
+    with pytest.raises(RecipeError, match=r"torchcap\.Recipe, got 'seconds'; take Recipe\.seconds"):
+        compress(nn.Conv2d(3, 4, 1), [torch.zeros(1, 3, 4, 4)], recipe="seconds")

@@ -72,6 +72,7 @@ from torchcap.training.recipe import Mix as Mix
 from torchcap.training.recipe import Projections as Projections
 from torchcap.training.recipe import Recipe as Recipe
 from torchcap.training.recipe import Relaxation as Relaxation
+from torchcap.training.recipe import Training as Training
 from torchcap.training.relax import fine_tune as fine_tune
 from torchcap.training.relax import relax as relax
 from torchcap.training.rounds import Round as Round
@@ -129,6 +130,7 @@ __all__ = [
     "StudentError",
     "TorchcapError",
     "TraceError",
+    "Training",
     "TrainingError",
     "__version__",
     "all_at_once",

@@ -202,6 +202,11 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
         Minnehan & Savakis, "Cascaded Projection", CVPR 2019, sec. 3.
     """
     _check_model(model)
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise RecipeError(
+            f"recipe must be a torchcap.Recipe, got {recipe!r}; take Recipe.seconds(), "
+            "Recipe.minutes() or Recipe.full(), or make your own"
+        )
     if recipe is None:
         recipe = Recipe(start=LargestNorm(), name="weights") if data is None else Recipe.minutes()
     source = None
@@ -414,8 +419,8 @@ def _check_model(model: nn.Module) -> None:
     name = type(model).__name__
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise ModelError(
-            f"{name!r} cannot be prepared: a torch.nn.Module was expected, not a scripted or "
-            "frozen one; pass the module that it was made from"
+            f"a {name!r} cannot be prepared: a torch.nn.Module was expected, and none that is "
+            "scripted or frozen; pass the module that it was made from"
         )
     if find_attachment(model, Student) is not None:
         raise ModelError(

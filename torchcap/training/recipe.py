@@ -7,11 +7,12 @@ relaxation, fine-tuning. It holds no tensors, so it can be printed, compared and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import difflib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,12 @@ from torchcap.errors import RecipeError
 from torchcap.projection.initialize import Initializer
 from torchcap.training.rounds import Rounds, odd_then_even
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 Optimize = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Augment = Callable[[Tensor], Tensor]
+D = TypeVar("D", bound="DataclassInstance")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,12 @@ class Adam:
 
 @dataclass(frozen=True, slots=True)
 class SGD:
-    """Makes ``torch.optim.SGD`` with Nesterov's momentum."""
+    """Makes ``torch.optim.SGD`` with Nesterov's momentum.
+
+    Attributes:
+        lr: the step size.
+        momentum, weight_decay: as of ``torch.optim.SGD``.
+    """
 
     lr: float = 0.01
     momentum: float = 0.9
@@ -127,6 +137,16 @@ class Mix:
         return own * images + (1 - own) * images.flip(0)
 
 
+def _changed(values: D, changes: Mapping[str, Any]) -> D:
+    known = [field.name for field in dataclasses.fields(values)]
+    for name in changes:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}"
+            raise RecipeError(f"{type(values).__name__} has no {name!r}; {hint}")
+    return dataclasses.replace(values, **changes)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
     """How some parameters are trained.
@@ -190,15 +210,19 @@ class Training:
             raise RecipeError(f"warmup is a share of the steps, 0 to 1; got {self.warmup!r}")
 
     def but(self, **changes: Any) -> Self:
-        """Return a copy with some values changed."""
-        return dataclasses.replace(self, **changes)
+        """Return a copy with some values changed.
+
+        Raises:
+            RecipeError: for a value that there is not, or that is out of its range.
+        """
+        return _changed(self, changes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Projections(Training):
     """How the projections are trained (paper, sec. 3.5.1 and 3.6).
 
-    Attributes:
+    Attributes besides those of :class:`Training`:
         rounds: which spaces train together, one round after the other.
         recentre: write ``P`` back into its proxy after every step, so that the proxy stays
             orthonormal and the step size keeps its meaning.
@@ -213,7 +237,7 @@ class Projections(Training):
 class Relaxation(Training):
     """How the small kernels are trained (paper, sec. 3.5.2 and 3.5.3).
 
-    Attributes:
+    Attributes besides those of :class:`Training`:
         batch_norm: give every folded layer a fresh norm of its small width while it trains, with
             statistics of the data, and fold it at the end. Weights then stand behind a scale of
             their own, and larger steps do no harm.
@@ -251,8 +275,12 @@ class ClosedForm:
             raise RecipeError(f"ridge must be positive or None; got {self.ridge!r}")
 
     def but(self, **changes: Any) -> Self:
-        """Return a copy with some values changed."""
-        return dataclasses.replace(self, **changes)
+        """Return a copy with some values changed.
+
+        Raises:
+            RecipeError: for a value that there is not, or that is out of its range.
+        """
+        return _changed(self, changes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,6 +304,25 @@ class Recipe:
     relaxation: Relaxation | None = None
     fine_tuning: Relaxation | None = None
     name: str = "custom"
+
+    def __post_init__(self) -> None:
+        steps = {
+            "projections": Projections,
+            "solve": ClosedForm,
+            "relaxation": Relaxation,
+            "fine_tuning": Relaxation,
+        }
+        for name, kind in steps.items():
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise RecipeError(
+                    f"{name} of a recipe is a {kind.__name__}, or None to leave it out; got "
+                    f"{value!r}"
+                )
+        if not isinstance(self.start, ClosedForm) and not callable(self.start):
+            raise RecipeError(
+                f"start of a recipe is a ClosedForm or an initializer; got {self.start!r}"
+            )
 
     @classmethod
     def seconds(cls) -> Recipe:
@@ -325,7 +372,7 @@ class Recipe:
             >>> Recipe.minutes().but(relaxation=Relaxation(epochs=5)).relaxation.epochs
             5
         """
-        return dataclasses.replace(self, **{"name": "custom", **changes})
+        return _changed(self, {"name": "custom", **changes})
 
     def __str__(self) -> str:
         lines = [f"recipe {self.name!r}"]
