@@ -41,7 +41,7 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from coverage_proofs import Record, Wishes, examine, last_lines
+from coverage_proofs import PROOFS, Record, Wishes, examine, last_lines
 from table import format_table
 
 if TYPE_CHECKING:
@@ -113,7 +113,9 @@ def parse_options() -> argparse.Namespace:
     add("--limit", type=int, help="the first so many models")
     add("--list", action="store_true", help="print the names of the models, and run nothing")
     add("--analyze-only", action="store_true", help="read the channel spaces, and nothing more")
-    add("--export", action="store_true", help="prove the small model's export too, which is slow")
+    usual = [title for title in PROOFS if title != "export"]
+    about = "proofs to make; all but export, which is slow"
+    add("--proofs", nargs="+", choices=[*PROOFS], default=usual, help=about)
     add("--peer", action="store_true", help="let Torch-Pruning compress the same model")
     add("--timeout", type=float, default=120.0, help="seconds of processor time a model")
     add("--memory", type=float, default=12.0, help="GiB for each model")
@@ -281,7 +283,7 @@ def share() -> None:
 def start(name: str, options: argparse.Namespace) -> Worker:
     """Start the process of one model, with one thread."""
     folder = tempfile.TemporaryDirectory()
-    wishes = Wishes(options.analyze_only, options.export, options.peer)
+    wishes = Wishes(options.analyze_only, tuple(options.proofs), options.peer)
     process = multiprocessing.Process(target=work, args=(name, wishes, Path(folder.name)))
     process.start()
     return Worker(name, process, folder)

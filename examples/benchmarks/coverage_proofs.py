@@ -66,10 +66,10 @@ class ProofError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What to do besides the proofs that every model gets, and whether to stop before them."""
+    """What to do: which proofs, none of them (``analyze_only``), and whether to let a peer try."""
 
     analyze_only: bool = False
-    export: bool = False
+    proofs: tuple[str, ...] = ()
     peer: bool = False
 
 
@@ -131,10 +131,10 @@ def _examine(name: str, wishes: Wishes, record: Record, keep: Callable[[Record],
         return ""
     subject = Subject(model, inputs, graph, narrowed(graph, plan))
     record["tolerance"] = subject.tolerance
-    for title, proof in proofs(wishes).items():
+    for title in wishes.proofs:
         record["stage"] = title
         keep(record)
-        record["proofs"][title] = outcome(proof, subject)
+        record["proofs"][title] = outcome(PROOFS[title], subject)
     failed = {t: p["detail"] for t, p in record["proofs"].items() if p["outcome"] == "failed"}
     return "\n".join(f"{title}: {detail}" for title, detail in failed.items())
 
@@ -471,21 +471,6 @@ class Subject:
         return f"{error:.0e}"
 
 
-def proofs(wishes: Wishes) -> dict[str, Callable[[Subject], str]]:
-    """Return all proofs by their titles; each returns what it measured, or raises."""
-    every = {
-        "permutation": prove_permutation,
-        "materialized": prove_materialized,
-        "cost": prove_cost,
-        "gradients": prove_gradients,
-        "modes": prove_modes,
-        "state": prove_state,
-        "masked": prove_masked,
-        "export": prove_export,
-    }
-    return every if wishes.export else {t: p for t, p in every.items() if t != "export"}
-
-
 def outcome(proof: Callable[[Subject], str], subject: Subject) -> Record:
     """Run one proof and say how it went. What torchcap declines is handed on."""
     try:
@@ -722,3 +707,16 @@ def try_peer(name: str) -> Record:
     if after >= before:
         return {"status": "failed", "message": f"{after:,} MACs after, {before:,} before"}
     return {"status": "compressed", "macs_left": after / before}
+
+
+PROOFS: dict[str, Callable[[Subject], str]] = {
+    "permutation": prove_permutation,
+    "materialized": prove_materialized,
+    "cost": prove_cost,
+    "gradients": prove_gradients,
+    "modes": prove_modes,
+    "state": prove_state,
+    "masked": prove_masked,
+    "export": prove_export,
+}
+"""All proofs; each returns what it measured, or raises."""
