@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -359,8 +360,37 @@ def test_times_are_linear_between_widths_and_end_with_them() -> None:
     assert (at(1, 1), at(9, 9)) == (1.0, 11.0)
 
 
+def test_times_follow_widths_in_steps_up_to_the_full_one() -> None:
+    times = LayerTimes((4, 8, 14), (3,), ((1.0,), (2.0,), (5.0,)), (4, 1))
+    at = lambda o: float(times.at(np.array(float(o)), np.array(3.0)))  # noqa: E731
+    assert [at(o) for o in (1, 4, 5, 8)] == [1.0, 1.0, 2.0, 2.0]
+    assert at(9) == at(12) == pytest.approx(4.0)
+    assert at(13) == at(14) == 5.0
+
+
+def test_layers_of_uneven_widths_take_longer() -> None:
+    graph = analyze(torch.nn.Sequential(*layers_of(24, 32)), torch.zeros(1, 3, 8, 8))
+    even = table_of(graph)
+    table = replace(even, uneven=0.5)
+    for ranks, uneven in (((24, 32), set()), ((16, 24), set()), ((15, 24), {"0", "2"})):
+        plan = Plan.of(graph, dict(zip(("0", "2"), ranks, strict=True)))
+        times = {
+            layer.layer: layer.shape[0] * layer.shape[1]
+            for layer in torchcap.layer_costs(graph, plan)
+        }
+        expected = sum(t * (1.5 if name in uneven else 1.0) for name, t in times.items())
+        assert predict_latency(graph, plan, table) == pytest.approx(expected)
+    assert predict_latency(graph, None, table) == predict_latency(graph, None, even)
+
+
+def layers_of(first: int, second: int) -> list[torch.nn.Module]:
+    conv = torch.nn.Conv2d
+    return [conv(3, first, 1), torch.nn.ReLU(), conv(first, second, 1), torch.nn.ReLU(),
+            conv(second, 5, 1)]  # fmt: skip
+
+
 def test_table_goes_through_json() -> None:
-    table = table_of(read("Bottleneck"), rest=1.5, floor=0.25)
+    table = replace(table_of(read("Bottleneck"), rest=1.5, floor=0.25), uneven=0.1)
     assert LatencyTable.from_json(table.to_json()) == table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from torchcap import (
     sensitivity,
 )
 from torchcap import budget as budgets
+from torchcap.training.clock import _step
 
 SHARES = (0.25, 0.5, 1.0)
 
@@ -288,8 +290,10 @@ def test_budget_of_milliseconds_goes_through_compress() -> None:
 def made_up(*arguments: Any, **how: Any) -> LatencyTable:
     """Measure, and then let a time be the product of two widths: a small network takes none."""
     table = measure_latency(*arguments, **how, seconds=1e-4)
-    layers = {name: replace(t, milliseconds=products(t)) for name, t in table.layers.items()}
-    return replace(table, layers=layers, rest=1.0, rest_floor=0.5)
+    layers = {
+        name: replace(t, milliseconds=products(t), steps=(1, 1)) for name, t in table.layers.items()
+    }
+    return replace(table, layers=layers, rest=1.0, rest_floor=0.5, uneven=0.0)
 
 
 def products(times: LayerTimes) -> tuple[tuple[float, ...], ...]:
@@ -406,6 +410,15 @@ def test_curves_without_a_budget_are_refused() -> None:
     curves = sensitivity(model, batches(), shares=(0.5,))
     with pytest.raises(PlanError, match="are for a budget"):
         compress(model, batches(), curves=curves)
+
+
+@pytest.mark.parametrize(("full", "block"), [(256, b) for b in (1, 8, 16, 32)] + [(24, 8), (9, 1)])
+def test_the_blocks_that_are_computed_together_are_found(full: int, block: int) -> None:
+    assert _step(lambda width: 1 + math.ceil(width / block) * block / 16, full) == block
+
+
+def test_times_that_hardly_rise_say_nothing_of_blocks() -> None:
+    assert _step(lambda width: 1 + (width > 128) * 0.01, 256) == 1
 
 
 def test_times_of_other_inputs_are_not_gone_on_with(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -132,6 +133,7 @@ def curves(draw: st.DrawFn) -> Curve:
 @PROPERTY
 @given(st.lists(curves(), min_size=1, max_size=4), st.sampled_from(["score", "output_error"]))
 def test_every_measurement_stands_in_the_heat_map(drawn_curves, value) -> None:
+    drawn_curves = [replace(curve, space=str(n)) for n, curve in enumerate(drawn_curves)]
     rows = values(plot_sensitivity(sensitivity(*drawn_curves), value=value))
     shares = sorted({rank / c.channels for c in drawn_curves for rank in c.ranks})
     for row, each in zip(rows, drawn_curves, strict=True):

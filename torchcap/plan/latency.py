@@ -7,12 +7,14 @@ The table is data: it is measured on the device that a model is meant for
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import isfinite
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from torchcap.errors import PlanError
 from torchcap.graph.spaces import SpaceGraph
@@ -30,6 +32,9 @@ from torchcap.plan.price import (
 )
 
 _FORMAT, _VERSION = "torchcap-latency", 1
+
+EVEN = 8
+"""Widths that are a multiple of this are what libraries are made for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +93,8 @@ class LatencyTable:
         rest: milliseconds of all else at full width.
         rest_floor: what is left of them where layers write (next to) nothing.
         whole: measured milliseconds of the whole model, folded, at full width.
+        uneven: share by which layers take longer in the network where a width that has changed is
+            no multiple of 8.
     """
 
     model: str
@@ -96,6 +103,7 @@ class LatencyTable:
     rest: float
     rest_floor: float
     whole: float
+    uneven: float = 0.0
 
     def to_json(self) -> str:
         """Return the table as JSON text."""
@@ -114,11 +122,11 @@ class LatencyTable:
         found = document(parsed(text, "latency table"), "latency table", _FORMAT, _VERSION)
         found.check_keys("format", "version", *_FIELDS, "layers")
         layers = {name: _layer_times(entry) for name, entry in found.entries("layers", "layer")}
-        numbers = {name: found.number(name) for name in ("rest", "rest_floor", "whole")}
+        numbers = {name: found.number(name) for name in _FIELDS[2:]}
         return cls(found.text("model"), found.text("device"), layers, **numbers)
 
 
-_FIELDS = ("model", "device", "rest", "rest_floor", "whole")
+_FIELDS = ("model", "device", "rest", "rest_floor", "whole", "uneven")
 
 
 class LatencyPrice:
@@ -159,10 +167,15 @@ class LatencyPrice:
     def total(self, ranks: Vector) -> float:
         """Return the milliseconds for some ranks; see `Price`."""
         layers = sum(
-            float(times.at(_at(outputs, ranks), _at(inputs, ranks)))
+            float(self._times(times, _at(outputs, ranks), _at(inputs, ranks)))
             for times, outputs, inputs in self._layers
         )
         return layers + self._rest.total(ranks)
+
+    def _times(self, times: LayerTimes, outputs: Vector, inputs: Vector) -> Vector:
+        """Return what a layer takes in the network at some widths."""
+        uneven = _is_uneven(outputs, times.outputs[-1]) | _is_uneven(inputs, times.inputs[-1])
+        return times.at(outputs, inputs) * (1 + self._table.uneven * uneven)
 
     def tables(self, candidates: Sequence[Vector]) -> Iterator[Table]:
         """Iterate over the layers' times and the rest; see `Price`.
@@ -174,7 +187,8 @@ class LatencyPrice:
         for times, outputs, inputs in self._layers:
             o, i = (np.flatnonzero(size.parts).tolist() for size in (outputs, inputs))
             if len({*o, *i}) <= 2 and len(o) <= 1 and len(i) <= 1:
-                yield from _exact_tables(times, outputs, inputs, candidates)
+                at = partial(self._times, times)
+                yield from _exact_tables(at, outputs, inputs, candidates)
             else:
                 yield from _bilinear(times, outputs, inputs, self.spaces).tables(candidates)
 
@@ -210,20 +224,27 @@ def _scaled_rest(graph: SpaceGraph, table: LatencyTable, constant: float) -> Qua
     )
 
 
+def _is_uneven(widths: Vector, full: int) -> NDArray[np.bool_]:
+    return np.asarray((widths % EVEN != 0) & (widths != full))
+
+
 def _exact_tables(
-    times: LayerTimes, outputs: Size, inputs: Size, candidates: Sequence[Vector]
+    at: Callable[[Vector, Vector], Vector],
+    outputs: Size,
+    inputs: Size,
+    candidates: Sequence[Vector],
 ) -> Iterator[Table]:
     o, i = (np.flatnonzero(size.parts).tolist() for size in (outputs, inputs))
     if o and i and o != i:
         rows = outputs.base + outputs.parts[o[0]] * candidates[o[0]]
         columns = inputs.base + inputs.parts[i[0]] * candidates[i[0]]
-        yield (o[0], i[0]), times.at(rows[:, None], columns[None, :])
+        yield (o[0], i[0]), at(rows[:, None], columns[None, :])
         return
     space = (o or i or [0])[0]
     ranks = candidates[space]
     rows = outputs.base + outputs.parts[space] * ranks
     columns = inputs.base + inputs.parts[space] * ranks
-    yield (space,), times.at(rows, columns)
+    yield (space,), at(rows, columns)
 
 
 def _bilinear(times: LayerTimes, outputs: Size, inputs: Size, spaces: tuple[str, ...]) -> Quadratic:

@@ -274,5 +274,5 @@ def _nothing(graph: SpaceGraph) -> str:
         f"{graph.model!r} has no channel space that can be compressed:\n"
         f"{found or '  no layer was found'}\n"
         "An operator that torchcap does not know can be taught: analyze(model, rules={...}); "
-        "residual streams are spaces too where that is asked for (streams)"
+        "residual streams are spaces too with streams=True (--streams)"
     )

@@ -6,7 +6,7 @@ import copy
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
 from typing import Any, Final
@@ -23,7 +23,7 @@ from torchcap.graph.spaces import SpaceGraph
 from torchcap.graph.values import Rule
 from torchcap.graph.weights import layer_input, output_axis
 from torchcap.plan.cost import cost
-from torchcap.plan.latency import LatencyTable, LayerTimes, predict_latency
+from torchcap.plan.latency import EVEN, LatencyTable, LayerTimes, predict_latency
 from torchcap.plan.plan import Plan
 from torchcap.plan.price import Sizes, weight_of
 from torchcap.projection.initialize import LargestNorm
@@ -39,6 +39,9 @@ WIDTHS: Final = (0.1, 0.25, 0.5, 0.75, 1.0)
 
 NARROW: Final = 0.25
 """Share of the channels of the second network whose whole time is taken."""
+
+UNEVEN: Final = 0.6
+"""Share of the channels of the third one, whose widths are odd."""
 
 COLD_BYTES: Final = 2**26
 """Weights of a layer are taken in turns until they are as large as this: more than caches hold."""
@@ -82,7 +85,8 @@ def measure_latency(
     evaluation mode with its batch norm folded, and its weights not in the cache. What one channel
     more than a block takes tells how finely its times follow the widths. All else (norms
     that don't fold, activations, sums, what Python takes) is what the whole network takes beyond
-    that, at full width and at a quarter of it.
+    that, at full width and at a quarter of it; and a third network, of odd widths, tells how much
+    longer they take.
 
     Times are those of the number of threads, the dtype, the memory format and the batch that the
     model and its example have now. Nothing else should run meanwhile.
@@ -110,7 +114,7 @@ def measure_latency(
         raise ModelError("a model on the meta device takes no time; load its weights first")
     inputs = default_inputs(model) if example_inputs is None else as_inputs(example_inputs)
     graph = Reader(leaves, rules, streams)(model, inputs.args or inputs.kwargs)
-    narrow = Plan.uniform(graph, NARROW)
+    narrow, uneven = Plan.uniform(graph, NARROW, multiple_of=EVEN), _uneven_plan(graph)
     folded = copy.deepcopy(model).eval()
     fold_(folded, graph.folds)
     calls = _calls(folded, graph, inputs)
@@ -129,15 +133,30 @@ def measure_latency(
         if on_progress is not None:
             slowest = known[key].milliseconds[-1][-1]
             on_progress(Progress("latency", number, len(calls), slowest))
-    small = _materialized(folded, graph, narrow).eval()
-    whole, whole_narrow = _whole([folded, small], inputs)
+    networks = [folded, *(_materialized(folded, graph, p).eval() for p in (narrow, uneven))]
+    whole, whole_narrow, whole_uneven = _whole(networks, inputs)
     alone = LatencyTable(graph.model, _device(folded), layers, 0.0, 0.0, whole)
     rest = whole - predict_latency(graph, None, alone)
     rest_narrow = whole_narrow - predict_latency(graph, narrow, alone)
     written, written_narrow = cost(graph).activations, cost(graph, narrow).activations
     slope = (rest - rest_narrow) / max(1, written - written_narrow)
-    floor = rest - slope * written
-    return LatencyTable(graph.model, alone.device, layers, rest, floor, whole)
+    even = replace(alone, rest=rest, rest_floor=rest - slope * written)
+    share = _share_uneven(graph, uneven, even, whole_uneven)
+    return replace(even, uneven=share)
+
+
+def _uneven_plan(graph: SpaceGraph) -> Plan:
+    """Return a plan of odd widths, as far as the blocks of spaces allow them."""
+    widths = {space.name: space.channels // space.blocks for space in graph.free}
+    ranks = {n: min(width, 2 * int(UNEVEN * width / 2) + 1) for n, width in widths.items()}
+    return Plan.of(graph, {n: rank * graph[n].blocks for n, rank in ranks.items()})
+
+
+def _share_uneven(graph: SpaceGraph, plan: Plan, even: LatencyTable, whole: float) -> float:
+    """Return by which share of their times the layers of uneven widths take longer."""
+    expected = predict_latency(graph, plan, even)
+    layers = predict_latency(graph, plan, replace(even, uneven=1.0)) - expected
+    return max(0.0, (whole - expected) / layers) if layers > 0 else 0.0
 
 
 def _calls(model: nn.Module, graph: SpaceGraph, inputs: Inputs) -> dict[str, list[_Call]]:
