@@ -177,7 +177,7 @@ def _calls(model: nn.Module, graph: SpaceGraph, inputs: Inputs) -> dict[str, lis
         modules[name].register_forward_pre_hook(noting(name), with_kwargs=True) for name in names
     ]
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             model(*inputs.args, **inputs.kwargs)
     finally:
         for handle in handles:
@@ -250,7 +250,7 @@ def _step(milliseconds: Callable[[int], float], full: int) -> int:
     return min((1, *(s for s in STEPS if s <= span)), key=lambda step: abs(share - step / span))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _milliseconds(
     layer: nn.Module, call: _Call, rows: int, columns: int, memory: Tensor, seconds: float
 ) -> float:
@@ -309,7 +309,7 @@ def _materialized(folded: nn.Module, graph: SpaceGraph, plan: Plan) -> nn.Module
     return materialize(student)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _whole(models: Sequence[nn.Module], inputs: Inputs) -> list[float]:
     """Return the milliseconds of each model's forward, taken in turns."""
     timers = [
