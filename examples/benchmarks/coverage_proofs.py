@@ -27,6 +27,7 @@ import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
 
 import torchcap
@@ -377,13 +378,20 @@ def count_macs(model: nn.Module, inputs: tuple[Any, ...], names: set[str] | None
     """Return the MACs of the convolutions and linear layers that are called in a forward."""
     found = []
 
-    def count(module: Any, _: Any, result: Any) -> None:
-        found.append(result.numel() // module.weight.shape[0] * module.weight.numel())
+    def count(module: Any, given: Any, result: Any) -> None:
+        if isinstance(module, nn.MultiheadAttention):
+            q, k, v = (x.numel() for x in given[:3])  # positions times channels
+            found.append(module.embed_dim * (2 * q + k + v))  # and what is put out, like q
+        elif isinstance(module, _ConvTransposeNd):
+            found.append(given[0].numel() // module.in_channels * module.weight.numel())
+        else:
+            found.append(result.numel() // module.weight.shape[0] * module.weight.numel())
 
+    kinds = (*COUNTED, _ConvTransposeNd, nn.MultiheadAttention)
     handles = [
         module.register_forward_hook(count)
         for name, module in model.named_modules()
-        if isinstance(module, COUNTED) and (names is None or name in names)
+        if isinstance(module, kinds) and (names is None or name in names)
     ]
     try:
         run(model, inputs)
