@@ -27,6 +27,7 @@ import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -585,7 +586,23 @@ def prove_gradients(subject: Subject) -> str:
         idle -= {name for name, norm in zip(names, norms, strict=True) if norm > least}
         if not idle:
             return f"{len(names)} projections"
-    raise ProofError(f"no gradient, or none that is finite, in {len(idle)}: {sorted(idle)[:5]}")
+    idle -= set(_saturated(subject, parts, idle))
+    if idle:
+        raise ProofError(f"no gradient, or none that is finite, in {len(idle)}: {sorted(idle)[:5]}")
+    return f"{len(names)} projections, of which some have none in the original either"
+
+
+def _saturated(subject: Subject, parts: Sections, names: set[str]) -> Iterator[str]:
+    """Yield the spaces whose writers have no gradient in the original: behind a gate, say."""
+    original = copy.deepcopy(subject.model)
+    for module in original.modules():
+        if isinstance(module, _BatchNorm):  # those of a student keep their statistics
+            module.train = lambda *_: None
+    first = {name: subject.graph[name].producers[0] for name in sorted(names)}
+    weights = [getattr(original.get_submodule(p.module), p.parameter) for p in first.values()]
+    for name, gradient in zip(first, _gradients(original, parts, weights), strict=True):
+        if gradient is None or not gradient.any():
+            yield name
 
 
 def _gradients(
