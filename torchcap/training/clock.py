@@ -46,7 +46,6 @@ UNEVEN: Final = 0.6
 COLD_BYTES: Final = 2**26
 """Weights of a layer are taken in turns until they are as large as this: more than caches hold."""
 
-
 STEPS: Final = (8, 16, 32)
 """Channels that libraries compute together, of which one is looked for."""
 

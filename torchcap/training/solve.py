@@ -567,7 +567,7 @@ def _plain_layer(model: nn.Module, name: str) -> _Layer | None:
         layer = model.get_submodule(name) if name else None
     except AttributeError:
         return None
-    if not isinstance(layer, _Layer):
+    if not isinstance(layer, _Layer) or (isinstance(layer, _Transposed) and layer.groups > 1):
         return None
     # A subclass may do something else, and a standardised weight is not the one that is stored.
     known = find_module_rule(layer, RULES) is not None and not isinstance(layer, STANDARDIZED)

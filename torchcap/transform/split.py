@@ -84,7 +84,20 @@ class SplitAttention(nn.Module):
         average_attn_weights: bool = True,  # noqa: FBT001, FBT002
         is_causal: bool = False,  # noqa: FBT001, FBT002
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the output and the weights, or None for them; see ``nn.MultiheadAttention``."""
+        """Return the output and the weights, or None for them; see ``nn.MultiheadAttention``.
+
+        Args:
+            query: ``(batch, queries, width)`` with ``batch_first``, ``(queries, batch, width)``
+                without, or ``(queries, width)`` of one sequence.
+            key: likewise, of ``keys`` entries and a width of its own.
+            value: likewise.
+            key_padding_mask: ``(batch, keys)``, true where a key is left out, or numbers to add.
+            need_weights: whether to return the weights, ``(batch, queries, keys)``.
+            attn_mask: ``(queries, keys)`` or ``(batch * heads, queries, keys)``, likewise.
+            average_attn_weights: whether weights are means over the heads; else they have an axis
+                for them, behind the batch.
+            is_causal: a hint that ``attn_mask`` is causal.
+        """
         q = self._split(self.q_proj(query))
         k = self._split(self.k_proj(key))
         v = self._split(self.v_proj(value))
