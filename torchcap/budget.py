@@ -16,9 +16,8 @@ from torchcap.digest import digest
 from torchcap.errors import DataError, StateError
 from torchcap.graph.analyze import Reader
 from torchcap.graph.inputs import ExampleInputs, as_inputs
-from torchcap.graph.rules import Target
+from torchcap.graph.rules import Rules
 from torchcap.graph.spaces import SpaceGraph
-from torchcap.graph.values import Rule
 from torchcap.plan.allocate import allocate, check_reachable
 from torchcap.plan.latency import LatencyTable
 from torchcap.plan.limits import Limits
@@ -48,7 +47,7 @@ def plan_for(  # noqa: PLR0913 - an argument for each thing that may be said
     state: Path | str | None = None,
     on_progress: OnProgress | None = None,
     leaves: Sequence[type[nn.Module]] = (),
-    rules: Mapping[Target, Rule] | None = None,
+    rules: Rules | None = None,
     streams: bool = False,
 ) -> Plan:
     """Return the plan that loses least within a budget; what it needs to know is measured.

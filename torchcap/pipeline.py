@@ -24,10 +24,9 @@ from torchcap.errors import (
 )
 from torchcap.graph.analyze import Reader
 from torchcap.graph.inputs import ExampleInputs
-from torchcap.graph.rules import Target
+from torchcap.graph.rules import Rules
 from torchcap.graph.spaces import SpaceGraph
-from torchcap.graph.trace import shadow
-from torchcap.graph.values import Rule
+from torchcap.graph.copies import shadow
 from torchcap.plan.latency import LatencyTable
 from torchcap.plan.plan import Plan
 from torchcap.plan.sensitivity import Sensitivity
@@ -60,7 +59,7 @@ def prepare(  # noqa: PLR0913 - an argument for each thing that may be said
     data: Batches | None = None,
     init: Initializer | None = None,
     leaves: Sequence[type[nn.Module]] = (),
-    rules: Mapping[Target, Rule] | None = None,
+    rules: Rules | None = None,
     streams: bool = False,
 ) -> M:
     """Return a copy of a trained model whose free channel spaces are projected to fewer channels.
@@ -139,7 +138,7 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
     save_every: int = 200,
     on_progress: OnProgress | None = None,
     leaves: Sequence[type[nn.Module]] = (),
-    rules: Mapping[Target, Rule] | None = None,
+    rules: Rules | None = None,
     streams: bool = False,
 ) -> M:
     """Return a smaller copy of a trained model, as accurate as its recipe can make it.

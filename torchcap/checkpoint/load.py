@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,9 +18,8 @@ from torchcap.digest import digest
 from torchcap.errors import FileError
 from torchcap.graph.analyze import analyze
 from torchcap.graph.inputs import ExampleInputs
-from torchcap.graph.rules import Target
-from torchcap.graph.trace import shadow
-from torchcap.graph.values import Rule
+from torchcap.graph.rules import Rules
+from torchcap.graph.copies import shadow
 from torchcap.pipeline import prepare
 from torchcap.transform.student import unwrapped
 
@@ -31,7 +30,7 @@ def load(
     *,
     example_inputs: ExampleInputs | None = None,
     leaves: Sequence[type[nn.Module]] = (),
-    rules: Mapping[Target, Rule] | None = None,
+    rules: Rules | None = None,
 ) -> nn.Module:
     """Return the model, or the student, that a file holds; see :func:`save`.
 
@@ -114,7 +113,7 @@ def _prepared(
     teacher: nn.Module | None,
     example_inputs: ExampleInputs | None,
     leaves: Sequence[type[nn.Module]],
-    rules: Mapping[Target, Rule] | None,
+    rules: Rules | None,
 ) -> nn.Module:
     """Prepare a teacher as it was prepared for the student in the file."""
     saved = contents.teacher

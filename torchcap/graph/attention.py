@@ -8,11 +8,9 @@ what they were.
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import numpy as np
-import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -36,8 +34,8 @@ def product(call: Call) -> Value:
         return _multiplied(call, spread(left), kept=-2, summed=-1)
     rows = _paired(spread(left), -1, spread(right), -2)
     if rows is None:
-        return call.give_up(f"multiplied along different channels at {call.node.name!r}")
-    call.table.contract(call.node.name, *rows)
+        return call.give_up("multiplied along different channels")
+    call.table.contract(call.where, *rows)
     return Opaque(call.shape)
 
 
@@ -45,7 +43,7 @@ def _multiplied(call: Call, x: Heads, *, kept: int, summed: int) -> Value:
     """A product with a tensor that is not followed, which mixes positions of each head."""
     places = [d - len(x.shape) for d in x.dims]
     if places[x.width] != kept or summed in places:
-        return call.give_up(f"multiplied along the channels at {call.node.name!r}")
+        return call.give_up("multiplied along the channels")
     dims = tuple(place + len(call.shape) for place in places)
     found = fitting(call, Heads(call.shape, dims, x.ids, x.width))
     return settled(found) if isinstance(found, Heads) else found
@@ -80,9 +78,9 @@ def dot_product_attention(call: Call) -> Value:
     rows = _paired(spread(pair[0]), -1, spread(pair[1]), -1) if len(pair) == 2 else None
     if rows is None or (scaled and writer is None):
         for x in pair:
-            call.table.fix(x.ids, f"computed with, on the way to {call.label}")
+            call.fix(x.ids, f"computed with, on the way to {call.label}")
     else:
-        call.table.contract(call.node.name, *rows, writer=writer)
+        call.table.contract(call.where, *rows, writer=writer)
     if not isinstance(value, Channels | Heads):
         return Opaque(call.shape)
     return _multiplied(call, spread(value), kept=-1, summed=-2)
@@ -112,21 +110,13 @@ def _written_by(node: Any, call: Call) -> str | None:
     while isinstance(node, fx.Node):
         path = str(node.target)
         if node.op == "call_module":
-            module = node.graph.owning_module.get_submodule(path)  # type: ignore[union-attr]
+            module = call.module_of(node)
             if isinstance(module, nn.Linear | _ConvNd) or hasattr(module, "normalized_shape"):
                 plain = isinstance(getattr(module, "act", None), nn.Identity | None)
                 return path if plain and call.table.role(path) is not None else None
-            if path not in call.folds and not isinstance(module, nn.Identity | nn.Dropout):
+            if path not in call.folds and call.kind_of(node) != "unchanged":
                 return None
-        elif node.target not in _MOVES:
+        elif call.kind_of(node) not in {"move", "unchanged", "chunk", "split"}:
             return None
         node = node.args[0] if node.args else None
     return None
-
-
-_MOVES = {
-    operator.getitem, torch.reshape, torch.permute, torch.transpose, torch.swapaxes, torch.unbind,
-    torch.chunk, torch.split, torch.functional.split, torch.unsqueeze, torch.squeeze, torch.flatten,
-    "reshape", "view", "permute", "transpose", "unbind", "chunk", "split", "unsqueeze", "squeeze",
-    "flatten", "contiguous", "clone", "to", "float", "type_as",
-}  # fmt: skip

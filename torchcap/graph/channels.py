@@ -9,15 +9,20 @@ of channels that travel together through every axis, in one order. Cells whose r
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
-from torchcap.graph.sizes import Place, Size
+from torchcap.graph.sizes import Place
 
 Ids = NDArray[np.int64]
+
+Share = tuple[Ids, Fraction]
+"""Some channels, and what their number is multiplied with."""
 
 UNKNOWN = -1
 """The space of channels that stand on no layer's axis."""
@@ -99,7 +104,7 @@ class ChannelTable:
 
     Attributes:
         axes: the axes of all layers, by (module, tensor, axis).
-        bound: attributes that say how many channels there are, with the channels.
+        bound: attributes that say how many channels there are (as a product), with the channels.
         pinned: attributes that are used in another way too.
         abandoned: the modules that a rule gave up on in one of their calls, with the reason; what
             another call says of them does not hold.
@@ -117,7 +122,8 @@ class ChannelTable:
     _products: dict[tuple[str, int, int], tuple[Ids, Ids, Scaling | None]] = field(
         default_factory=dict
     )
-    bound: list[tuple[Size, Ids]] = field(default_factory=list)
+    _agreements: list[tuple[Share, Share, str]] = field(default_factory=list)
+    bound: list[tuple[tuple[Place, ...], Ids]] = field(default_factory=list)
     pinned: set[Place] = field(default_factory=set)
 
     def new(self, count: int) -> Ids:
@@ -184,13 +190,23 @@ class ChannelTable:
         roles = {axis.role for axis in self.axes.values() if axis.module == module}
         return next((role for role in ("producer", "carrier") if role in roles), None)
 
-    def bind(self, size: Size, rows: Ids) -> None:
-        """Note that an attribute says how many channels each row of identities has."""
-        self.bound.append((size, rows))
+    def bind(self, places: tuple[Place, ...], rows: Ids) -> None:
+        """Note that the product of some attributes is how many channels each row has."""
+        self.bound.append((places, rows))
 
-    def pin(self, size: Size) -> None:
-        """Note that an attribute is used in a way that cannot follow channels."""
-        self.pinned.update(size.places)
+    def pin(self, places: tuple[Place, ...]) -> None:
+        """Note that attributes are used in a way that cannot follow channels."""
+        self.pinned.update(places)
+
+    def agree(self, left: Share, right: Share, reason: str) -> None:
+        """Note that two numbers of channels must stay equal.
+
+        Args:
+            left: identities, and what their number is multiplied with.
+            right: the same of the other side.
+            reason: why channels stay where the two do not follow each other.
+        """
+        self._agreements.append((left, right, reason))
 
     def products(self) -> Iterator[tuple[Ids, Ids]]:
         """Yield both sides of every dot product, head by head."""
@@ -299,7 +315,18 @@ class _Resolution:
         layouts = [self._runs(classes, None) for classes in self.observed]
         for pieces, reason in self.balances:
             self._tie_pieces(pieces, reason)
+        for left, right, reason in self.table._agreements:
+            self._compare(left, right, reason)
         return self._spaces(runs, layouts)
+
+    def _compare(self, left: Share, right: Share, reason: str) -> None:
+        """Fix the channels of two numbers that are made of different spaces."""
+        found: Counter[int] = Counter()
+        for sign, (ids, share) in ((1, left), (-1, right)):
+            for cell, count in zip(*np.unique(self.cell_of[self.labels[ids]], return_counts=True)):
+                found[self._root(int(cell)) if cell >= 0 else UNKNOWN] += sign * int(count) * share
+        others = {root for root, count in found.items() if count and root != UNKNOWN}
+        self._fix([c for c in range(len(self.cells)) if self._root(c) in others], reason)
 
     @staticmethod
     def _arrival(module: str) -> str:

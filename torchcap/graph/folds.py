@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from torchcap.graph.layers import batch_norm, convolution, linear, transposed_convolution
-from torchcap.graph.rules import RULES, STANDARDIZED, find_module_rule
+from torchcap.graph.rules import STANDARDIZED, Target, find_module_operator, find_operator
 from torchcap.graph.spaces import Fold
+from torchcap.graph.trace import Traced
+from torchcap.graph.values import Operator
 from torchcap.graph.weights import output_axis
+
+Operators = Mapping[Target, Operator]
 
 
 def find_folds(
-    graphs: Sequence[fx.GraphModule], entangled: Collection[str] = ()
+    graphs: Sequence[Traced], entangled: Collection[str], operators: Operators
 ) -> tuple[Fold, ...]:
     """Find the batch norms that fold into a layer, and the layers with weight standardisation.
 
@@ -25,8 +28,9 @@ def find_folds(
     Args:
         graphs: the graphs of one model.
         entangled: modules whose tensors have another owner or another reader; they don't fold.
+        operators: what is known of operators.
     """
-    pairs = [dict(_pairs(graph, entangled)) for graph in graphs]
+    pairs = [dict(_pairs(graph, entangled, operators)) for graph in graphs]
     used = [_calls(graph) for graph in graphs]
     folds: dict[str, Fold] = {}
     for graph, found in zip(graphs, pairs, strict=True):
@@ -36,25 +40,24 @@ def find_folds(
                 for other, calls in zip(pairs, used, strict=True)
             )
             if agree:
-                folds[layer] = Fold(layer, norm, output_axis(graph.get_submodule(layer)))
+                folds[layer] = Fold(layer, norm, output_axis(graph.model.get_submodule(layer)))
         for node in graph.graph.find_nodes(op="call_module"):
             layer = str(node.target)
-            module = graph.get_submodule(layer)
+            module = graph.module(node)
+            known = find_module_operator(module, operators)
             standard = isinstance(module, STANDARDIZED) and _foldable(module)
-            if (
-                standard
-                and layer not in entangled
-                and find_module_rule(module, RULES) is convolution
-            ):
+            if standard and layer not in entangled and known and known.kind == "convolution":
                 folds.setdefault(layer, Fold(layer, None))
     return tuple(folds.values())
 
 
-def _calls(graph: fx.GraphModule) -> Counter[str]:
+def _calls(graph: Traced) -> Counter[str]:
     return Counter(str(node.target) for node in graph.graph.find_nodes(op="call_module"))
 
 
-def _pairs(graph: fx.GraphModule, entangled: Collection[str]) -> Iterator[tuple[str, str]]:
+def _pairs(
+    graph: Traced, entangled: Collection[str], operators: Operators
+) -> Iterator[tuple[str, str]]:
     calls = _calls(graph)
     for node in graph.graph.find_nodes(op="call_module"):
         source = node.args[0] if node.args else None
@@ -62,17 +65,19 @@ def _pairs(graph: fx.GraphModule, entangled: Collection[str]) -> Iterator[tuple[
             continue
         if {str(node.target), str(source.target)} & set(entangled):
             continue
-        norm = graph.get_submodule(str(node.target))
-        layer = graph.get_submodule(str(source.target))
+        norm, layer = graph.module(node), graph.module(source)
         if calls[str(node.target)] > 1 or calls[str(source.target)] > 1:
             continue
-        if find_module_rule(norm, RULES) is not batch_norm or not _has_statistics(norm):
+        kinds = [
+            None if found is None else found.kind
+            for found in (find_operator(n, graph.module(n), operators) for n in (source, node))
+        ]
+        if kinds[1] != "batch norm" or not _has_statistics(norm):
             continue
-        rule = find_module_rule(layer, RULES)
         result = source.meta.get("val")
-        flat = isinstance(result, Tensor) and result.dim() == 2
-        single = rule is transposed_convolution and layer.groups == 1
-        if (rule is convolution or single or (rule is linear and flat)) and _foldable(layer):
+        flat = kinds[0] == "linear" and isinstance(result, Tensor) and result.dim() == 2
+        single = kinds[0] == "transposed convolution" and layer.groups == 1
+        if (kinds[0] == "convolution" or single or flat) and _foldable(layer):
             yield str(source.target), str(node.target)
 
 

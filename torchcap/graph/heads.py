@@ -6,22 +6,32 @@ dimension of its own. From there on channels are followed along several dimensio
 heads stay, and of each equally many channels may go.
 
 The numbers that reshapes, splits and slices are given must follow. They do where they are left to
-be found (``-1``), read from a shape, or held by a module (:class:`~torchcap.graph.sizes.Size`).
+be found (``-1``), read from a shape, or held by a module.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
-import torch
 
-from torchcap.graph import moving, operators
-from torchcap.graph.sizes import Size
-from torchcap.graph.values import Call, Channels, Extent, Heads, Opaque, Value, flat
+from torchcap.graph import layers, moving, operators
+from torchcap.graph.channels import Ids
+from torchcap.graph.numbers import pin_settings
+from torchcap.graph.values import (
+    Call,
+    Channels,
+    Extent,
+    Heads,
+    Opaque,
+    Setting,
+    Value,
+    flat,
+)
 
-_UNEVEN = "does not fall evenly into heads at {}"
+_UNEVEN = "does not fall evenly into heads"
 
 
 def spread(x: Channels | Heads) -> Heads:
@@ -46,7 +56,7 @@ def reshaping(call: Call) -> Value:
         sizes = tuple(sizes[0])
     if isinstance(x, Heads) or (isinstance(x, Channels) and _stands_alone(x, call.shape)):
         return _reshaped(call, x, sizes)
-    pin_sizes(call)
+    pin_settings(call)
     return moving.reshaping(call)
 
 
@@ -69,7 +79,7 @@ def unflattening(call: Call) -> Value:
     known = isinstance(dim, int) and isinstance(sizes, tuple | list)
     if call.module is None and known and isinstance(x, Channels) and dim % len(x.shape) == x.dim:
         return _reshaped(call, x, (*call.shape[: x.dim], *sizes, *x.shape[x.dim + 1 :]))
-    pin_sizes(call)
+    pin_settings(call)
     return moving.unflattening(call)
 
 
@@ -113,7 +123,7 @@ def _reshaped(call: Call, x: Channels | Heads, sizes: Sequence[Value]) -> Value:
             width = _width_among(sizes, new_dims)
         mixed = held != old_dims or x.dim in held
         if mixed and len(old_dims) > 1 and len(new_dims) > 1:
-            return call.give_up(f"channels are regrouped with others at {call.node.name!r}")
+            return call.give_up("channels are regrouped with others")
         dims += new_dims
         full += [x.shape[d] for d in old_dims]
         spots += [slice(None) if d in held else None for d in old_dims]
@@ -124,36 +134,27 @@ def _reshaped(call: Call, x: Channels | Heads, sizes: Sequence[Value]) -> Value:
 
 
 def _width_among(sizes: Sequence[Value], new_dims: list[int]) -> int:
-    """Return which of the new dimensions may become smaller: what is left open, or the last."""
-    open_ones = [d for d in new_dims if type(sizes[d]) is int and sizes[d] == -1]
-    return open_ones[0] if open_ones else new_dims[-1]
+    """Return which of the new dimensions may become smaller: the last whose size can follow."""
+    follow = [d for d in new_dims if isinstance(sizes[d], Setting | Extent) or sizes[d] == -1]
+    return follow[-1] if follow else new_dims[-1]
 
 
 def _sized(call: Call, x: Heads, sizes: Sequence[Value]) -> Value:
     """Check that the sizes of a reshape follow the channels, or can be made to."""
     for dim, size in enumerate(sizes):
-        if isinstance(size, Size) and dim != x.dim:
-            call.table.pin(size)
+        if isinstance(size, Setting) and dim != x.dim:
+            call.table.pin(size.places)
         elif isinstance(size, Extent) and dim != x.dim:
-            return call.give_up(f"reshaped by the number of channels at {call.node.name!r}")
+            return call.give_up("reshaped by the number of channels")
     size = sizes[x.dim]
-    if isinstance(size, Size):
-        call.table.bind(size, x.rows)
+    if isinstance(size, Setting):
+        call.table.bind(size.places, x.rows)
     elif isinstance(size, Extent):
-        if size.parts != len(x.rows) or len(size.ids) != x.rows.size:
-            return call.give_up(f"reshaped by other channels at {call.node.name!r}")
-        call.table.join(size.ids, x.rows)
+        call.agree(size, Extent(x.rows, len(x.rows)))
     elif size != -1:
-        return call.give_up(f"reshaped to a fixed number of channels at {call.node.name!r}")
-    call.table.balance(x.rows, _UNEVEN.format(repr(call.node.name)))
+        return call.give_up(f"reshaped to a fixed number of channels ({size}; -1 would follow)")
+    call.table.balance(x.rows, call.at(_UNEVEN))
     return settled(x)
-
-
-def pin_sizes(call: Call) -> None:
-    """Note that an operator uses sizes in a way that cannot follow channels."""
-    for value in flat((call.args, call.kwargs)):
-        if isinstance(value, Size):
-            call.table.pin(value)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -199,7 +200,7 @@ def unbinding(call: Call) -> Value:
         return call.give_up(call.unexpected)
     dim %= len(x.shape)
     if dim == x.dim:
-        return call.give_up(f"channels are taken one by one at {call.node.name!r}")
+        return call.give_up("channels are taken one by one")
     return tuple(_taken(x, dim, place) for place in range(x.shape[dim]))
 
 
@@ -216,84 +217,118 @@ def _taken(x: Heads, dim: int, place: int) -> Channels | Heads:
 
 
 def splitting(call: Call) -> Value:
-    """``split``: along the channels, where the modules hold the widths of the pieces."""
+    """``split``: along the channels, where the numbers that say how wide pieces are can follow."""
     x, dim = call.argument(0, "tensor"), call.argument(2, "dim", 0)
     if isinstance(x, Channels) and type(dim) is int and dim % len(x.shape) == x.dim:
-        return cutting(call)
-    pin_sizes(call)
+        return splitting_of_heads(call)
+    pin_settings(call)
     return moving.splitting(call)
 
 
-def cutting(call: Call) -> Value:
-    """``chunk`` and ``split`` of heads."""
-    x, cut = call.args[0], call.argument(1, "split_size_or_sections")
-    dim = call.argument(2, "dim", 0)
-    if not isinstance(x, Channels | Heads) or type(dim) is not int:
+def splitting_of_heads(call: Call) -> Value:
+    """``split`` of heads."""
+    found = _pieces(call)
+    if found is None:
         return call.give_up(call.unexpected)
+    pieces, along = found
+    if not along:
+        pin_settings(call)
+        return tuple(pieces)
+    sizes = call.argument(1, "split_size_or_sections", call.kwargs.get("split_size"))
+    if not isinstance(sizes, tuple | list):
+        sizes = [sizes] * len(pieces)
+    if len(sizes) != len(pieces):
+        return call.give_up("split into fixed numbers of channels")
+    for piece, size in zip(pieces, sizes, strict=True):
+        if not _follows(call, size, piece.rows):
+            return call.give_up("split into fixed numbers of channels")
+        call.table.balance(piece.rows, call.at(_UNEVEN))
+    return tuple(settled(piece) for piece in pieces)
+
+
+def chunking_of_heads(call: Call) -> Value:
+    """``chunk`` of heads."""
+    found = _pieces(call)
+    pin_settings(call)
+    if found is None:
+        return call.give_up(call.unexpected)
+    pieces, along = found
+    if along:
+        if len({piece.ids.shape for piece in pieces}) > 1:
+            return call.give_up(f"{call.label} into unequal pieces")
+        rows = np.concatenate([piece.rows for piece in pieces])
+        call.table.balance(rows, call.at(_UNEVEN))
+    return tuple(pieces)
+
+
+def _pieces(call: Call) -> tuple[list[Heads], bool] | None:
+    """Return the pieces that a tensor is cut into, and whether it is cut along the channels."""
+    x, dim = call.args[0], call.argument(2, "dim", 0)
+    if not isinstance(x, Channels | Heads) or type(dim) is not int:
+        return None
     x, dim = spread(x), dim % len(x.shape)
     shapes = [tuple(piece.shape) for piece in call.result]
     if dim not in x.dims:
-        pin_sizes(call)
-        return tuple(Heads(shape, x.dims, x.ids, x.width) for shape in shapes)
+        return [Heads(shape, x.dims, x.ids, x.width) for shape in shapes], False
     axis = x.dims.index(dim)
     ends = np.cumsum([shape[dim] for shape in shapes])[:-1]
     ids = np.split(x.ids, ends, axis=axis)
     pieces = [Heads(s, x.dims, i, x.width) for s, i in zip(shapes, ids, strict=True)]
-    if axis == x.width and call.node.target in _SPLITS:
-        return _sized_pieces(call, pieces, cut)
-    pin_sizes(call)
-    if axis == x.width and call.node.target not in _CHUNKS:
-        return call.give_up(f"split into fixed numbers of channels at {call.node.name!r}")
-    if axis == x.width:
-        if len({shape[dim] for shape in shapes}) > 1:
-            return call.give_up(f"{call.label} into unequal pieces")
-        rows = np.concatenate([piece.rows for piece in pieces])
-        call.table.balance(rows, _UNEVEN.format(repr(call.node.name)))
-    return tuple(pieces)
+    return pieces, axis == x.width
 
 
-_SPLITS = {torch.split, torch.functional.split, "split", "split_with_sizes"}
-_CHUNKS = {torch.chunk, "chunk"}
-
-
-def _sized_pieces(call: Call, pieces: list[Heads], sizes: Value) -> Value:
-    """Let the numbers that say how wide the pieces are follow them."""
-    if not isinstance(sizes, tuple | list):
-        sizes = [sizes] * len(pieces)
-    widths = [piece.ids.shape[piece.width] for piece in pieces]
-    followed = [isinstance(s, Size) and s.plain == w for s, w in zip(sizes, widths, strict=False)]
-    if len(sizes) != len(pieces) or not all(followed):
-        return call.give_up(f"split into fixed numbers of channels at {call.node.name!r}")
-    for piece, size in zip(pieces, sizes, strict=True):
-        call.table.bind(size, piece.rows)
-        call.table.balance(piece.rows, _UNEVEN.format(repr(call.node.name)))
-    return tuple(settled(piece) for piece in pieces)
+def _follows(call: Call, size: Value, rows: Ids) -> bool:
+    """Let a size follow the channels of each row; whether it can."""
+    if isinstance(size, Setting) and size == rows.shape[1]:
+        call.table.bind(size.places, rows)
+    elif isinstance(size, Extent) and size.number == rows.shape[1]:
+        if size.times == 1 and size.ids.size % size.parts == 0:
+            call.table.balance(size.ids.reshape(size.parts, -1), call.at("does not divide evenly"))
+        call.agree(size, Extent(rows, len(rows)))
+    else:
+        return False
+    return True
 
 
 def item(call: Call) -> Value:
-    """Indexing; a slice of the first channels may be as wide as a module says."""
+    """Indexing; a slice of the channels may begin and end where a size says that follows them."""
     x, index = call.args
-    if isinstance(x, Channels) and isinstance(index, tuple) and len(index) > x.dim:
-        cut = index[x.dim]
-        before = index[: x.dim]
-        plain = all(type(i) is slice for i in before) and isinstance(cut, slice)
-        if plain and cut.start is None and cut.step is None and isinstance(cut.stop, Size | int):
-            return _first_channels(call, x, cut.stop)
-    pin_sizes(call)
+    if isinstance(x, Channels):
+        entries = _entries(x.shape, index)
+        cut = None if entries is None or None in entries else entries[x.dim]
+        if isinstance(cut, slice) and cut != slice(None) and cut.step is None:
+            return _stretch(call, x, entries or [], cut)
+    pin_settings(call)
     return operators.item(call)
 
 
-def _first_channels(call: Call, x: Channels, stop: int) -> Value:
-    rest = [*call.args[1]]
-    rest[x.dim] = slice(None)
-    if rest != [slice(None)] * len(rest):
-        return call.give_up(f"indexed along the channels and besides at {call.node.name!r}")
-    width = call.shape[x.dim]
-    if isinstance(stop, Size) and stop.plain == width:
-        call.table.bind(stop, x.ids[None, :width])
-    elif isinstance(stop, Size) or stop < len(x.ids):
-        return call.give_up(f"indexed along the channels at {call.node.name!r}")
-    return Channels(call.shape, x.dim, x.ids[:width])
+def _entries(shape: tuple[int, ...], index: Value) -> list[Value] | None:
+    """Return an index with one entry for each dimension; None if it is no plain one."""
+    entries = list(index) if isinstance(index, tuple) else [index]
+    if not all(i is None or i is Ellipsis or isinstance(i, int | slice) for i in entries):
+        return None
+    consumed = sum(i is not None and i is not Ellipsis for i in entries)
+    at = entries.index(Ellipsis) if Ellipsis in entries else len(entries)
+    entries[at : at + 1] = [slice(None)] * (len(shape) - consumed)
+    return entries
+
+
+def _stretch(call: Call, x: Channels, entries: list[Value], cut: slice) -> Value:
+    """Take the channels from one size to another."""
+    if any(e != slice(None) for dim, e in enumerate(entries) if dim != x.dim):
+        return call.give_up("indexed along the channels and besides")
+    ends = []
+    for end, default in ((cut.start, 0), (cut.stop, len(x.ids))):
+        number = end.number if isinstance(end, Extent) else default if end is None else int(end)
+        if end is not None and not 0 < number <= len(x.ids) + (type(end) is int) * number:
+            return call.give_up("indexed along the channels")
+        ends.append(number)
+        whole = type(end) is int and number >= len(x.ids) and default
+        if end is None or whole or (number == 0 and type(end) is int):
+            continue
+        if not _follows(call, end, x.ids[None, :number]):
+            return call.give_up(f"indexed along the channels by a fixed number ({end})")
+    return Channels(call.shape, x.dim, x.ids[ends[0] : ends[1]])
 
 
 def item_of_heads(call: Call) -> Value:
@@ -302,13 +337,10 @@ def item_of_heads(call: Call) -> Value:
     if not isinstance(x, Heads):
         known = isinstance(x, tuple | list) and type(index) in {int, slice}
         return x[index] if known else call.give_up(call.unexpected)
-    pin_sizes(call)
-    entries = list(index) if isinstance(index, tuple) else [index]
-    if any(not isinstance(v, int | None) for v in flat(entries) if v is not Ellipsis):
-        return call.give_up(f"indexed by a tensor at {call.node.name!r}")
-    consumed = sum(i is not None and i is not Ellipsis for i in entries)
-    at = entries.index(Ellipsis) if Ellipsis in entries else len(entries)
-    entries[at : at + 1] = [slice(None)] * (len(x.shape) - consumed)
+    pin_settings(call)
+    entries = _entries(x.shape, index)
+    if entries is None or any(not isinstance(v, int | None) for v in flat(entries)):
+        return call.give_up("indexed by a tensor")
     return _indexed(call, x, entries)
 
 
@@ -325,7 +357,7 @@ def _indexed(call: Call, x: Heads, entries: Sequence[int | slice | None]) -> Val
             continue
         if source in x.dims:
             if source == x.dim and entry != slice(None):
-                return call.give_up(f"indexed along the channels at {call.node.name!r}")
+                return call.give_up("indexed along the channels")
             where.append(entry)
             if source == x.dim:
                 width = len(kept)
@@ -352,7 +384,7 @@ def joining(call: Call) -> Value:
     first = tensors[0]
     places = {(t.dims, t.width) for t in tensors}
     if dim % len(call.shape) in first.dims or len(places) > 1:
-        return call.give_up(f"{call.label} along the channels at {call.node.name!r}")
+        return call.give_up(f"{call.label} along the channels")
     for tensor in tensors[1:]:
         call.table.join(first.ids, tensor.ids)
     return Heads(call.shape, first.dims, first.ids, first.width)
@@ -407,7 +439,7 @@ def reduction(call: Call) -> Value:
         return call.give_up(call.unexpected)
     gone = sorted((d % len(x.shape) for d in dims), reverse=True)
     if x.dim in gone:
-        return call.give_up(f"reduced over the channels at {call.node.name!r}")
+        return call.give_up("reduced over the channels")
     _alike(call, x, gone)
     result: Channels | Heads = x
     for dim in gone:
@@ -430,7 +462,7 @@ def normalization(call: Call) -> Value:
         return call.give_up(call.unexpected)
     dim %= len(x.shape)
     if dim == x.dim:
-        call.table.select(x.ids, f"norm over channels at {call.node.name!r}")
+        call.select(x.ids, "norm over channels")
     _alike(call, x, [] if dim == x.dim else [dim])
     call.table.bend(x.ids)
     return _like(call, x)
@@ -448,8 +480,18 @@ def norm_of_heads(call: Call) -> Value:
     ids = call.table.axis(call.path, [(name, 0) for name in names], "carrier", x.ids.shape[x.width])
     for row in x.rows:
         call.table.join(ids, row)
-    call.table.select(x.ids, f"norm over channels {call.path!r}")
+    call.select(x.ids, f"norm over channels {call.path!r}")
     return _like(call, x)
+
+
+def linear(call: Call) -> Value:
+    """A linear layer over the channels of each head: one layer for all of them."""
+    x = call.argument(0, "input")
+    if not isinstance(x, Heads) or x.dim != len(x.shape) - 1:
+        return call.give_up(f"{call.label} mixes another dimension than the channels")
+    _alike(call, x, x.dims[: x.width] + x.dims[x.width + 1 :])
+    one = np.take(x.rows, 0, axis=0)
+    return layers.linear(replace(call, args=(Channels(x.shape, x.dim, one),), kwargs={}))
 
 
 def scaling(call: Call) -> Value:
@@ -472,8 +514,8 @@ def _combined(call: Call, *, factor: bool) -> Value:
     if isinstance(other, Opaque):
         behind = len(x.shape) - x.dim
         if len(other.shape) >= behind and other.shape[-behind] != 1:
-            return call.give_up(f"combined with unfollowed channels at {call.node.name!r}")
-    elif isinstance(other, Size) or not isinstance(other, int | float):
+            return call.give_up("combined with unfollowed channels")
+    elif isinstance(other, Setting) or not isinstance(other, int | float):
         return call.give_up(call.unexpected)
     if not factor or x is right:
         call.table.bend(x.ids)
@@ -487,7 +529,7 @@ def _combined_heads(call: Call, left: Heads, right: Heads, *, factor: bool) -> V
     places = [d + shift[0] for d in wide.dims]
     others = [d + shift[1] for d in narrow.dims]
     if places[wide.width] != others[narrow.width] or not set(others) <= set(places):
-        return call.give_up(f"combined with other channels at {call.node.name!r}")
+        return call.give_up("combined with other channels")
     # Where the narrow one has a dimension less it is one for all heads.
     ordered = np.transpose(
         narrow.ids, sorted(range(len(others)), key=lambda a: places.index(others[a]))
@@ -495,12 +537,12 @@ def _combined_heads(call: Call, left: Heads, right: Heads, *, factor: bool) -> V
     lacking = tuple(axis for axis, place in enumerate(places) if place not in others)
     spread = np.expand_dims(ordered, lacking)
     if any(a not in {1, b} for a, b in zip(spread.shape, wide.ids.shape, strict=True)):
-        return call.give_up(f"combined with other channels at {call.node.name!r}")
+        return call.give_up("combined with other channels")
     spread = np.broadcast_to(spread, wide.ids.shape)
     call.table.join(wide.ids, spread)
     if factor:
         call.table.bend(wide.ids)
-        call.table.select(wide.ids, f"multiplied channel by channel at {call.node.name!r}")
+        call.select(wide.ids, "multiplied channel by channel")
     else:
         call.restrict_sum(wide.ids, spread)
     return fitting(call, Heads(call.shape, tuple(places), wide.ids, wide.width))
@@ -509,36 +551,24 @@ def _combined_heads(call: Call, left: Heads, right: Heads, *, factor: bool) -> V
 def fitting(call: Call, x: Heads) -> Value:
     """Give up where a dimension of heads was broadcast."""
     if tuple(x.shape[d] for d in x.dims) != x.ids.shape:
-        return call.give_up(f"heads are repeated at {call.node.name!r}")
+        return call.give_up("heads are repeated")
     return x
 
 
 def attribute(call: Call) -> Value:
-    """``getattr``: the shape of heads."""
+    """``getattr``: the transpose of heads."""
     x, name = call.args[0], call.args[1]
-    if isinstance(x, Heads) and name in {"dtype", "device", "ndim"}:
-        return call.result
-    return _sizes(x) if isinstance(x, Heads) and name == "shape" else operators.attribute(call)
+    if not isinstance(x, Heads) or name not in {"mT", "data"}:
+        return call.give_up(f"attribute {name!r} of a tensor")
+    last = len(x.shape) - 1
+    swap = {last: last - 1, last - 1: last} if name == "mT" else {}
+    return _moved(call, x, [swap.get(d, d) for d in range(len(x.shape))])
 
 
 def size(call: Call) -> Value:
-    """``x.size()``, ``x.size(dim)``."""
+    """``x.size(dim)``."""
     x, dim = call.args[0], call.argument(1, "dim")
     if not isinstance(x, Heads):
         return call.give_up(call.unexpected)
-    return _sizes(x) if dim is None else _sizes(x)[dim]
-
-
-def _sizes(x: Heads) -> tuple[int | Extent, ...]:
-    extent = Extent(x.rows.ravel(), len(x.rows))
-    return tuple(extent if dim == x.dim else n for dim, n in enumerate(x.shape))
-
-
-def division(call: Call) -> Value:
-    """Whole division of a number of channels."""
-    left, right = call.args
-    pin_sizes(call)
-    whole = isinstance(left, Extent) and left.parts == 1 and isinstance(right, int)
-    if whole and right > 0 and len(left.ids) % right == 0:
-        return Extent(left.ids, int(right))
-    return call.give_up(f"its number of channels is computed with, in {call.label}")
+    width = type(dim) is int and dim % len(x.shape) == x.dim
+    return Extent(x.rows.ravel(), len(x.rows)) if width else call.result

@@ -15,6 +15,7 @@ from torchvision.models.optical_flow import RAFT
 from torchvision.models.video import MViT, SwinTransformer3d, VideoResNet
 
 from torchcap.errors import ExampleInputsError
+from torchcap.nests import tensors_in
 
 ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -70,26 +71,6 @@ def _torchvision_input_size(model: nn.Module) -> tuple[int, ...]:
     return (3, 224, 224)
 
 
-def frozen_arguments(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """Freeze the arguments that are no tensors, defaults too, so that branches on them trace."""
-    bound = _bind(model, inputs)
-    bound.apply_defaults()
-    variadic = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
-    return {
-        name: bound.arguments[name]
-        for name, parameter in bound.signature.parameters.items()
-        if parameter.kind not in variadic and not _holds_tensor(bound.arguments[name])
-    }
-
-
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any(map(_holds_tensor, value.values()))
-    if isinstance(value, tuple | list):
-        return any(map(_holds_tensor, value))
-    return isinstance(value, Tensor)
-
-
 def _bind(model: nn.Module, inputs: Inputs) -> inspect.BoundArguments:
     signature = inspect.signature(model.forward)
     try:
@@ -100,14 +81,26 @@ def _bind(model: nn.Module, inputs: Inputs) -> inspect.BoundArguments:
         ) from error
 
 
-def placeholder_values(model: nn.Module, inputs: Inputs) -> list[Any]:
-    """Return a value for every placeholder: the graph has them in the order of the signature."""
+def flattened(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Return the tensors among the arguments of a forward, in the order of its signature.
+
+    So the same arguments give the same list, whether they come by position or by name.
+
+    Raises:
+        ExampleInputsError: if the arguments don't fit the forward.
+    """
+    return list(tensors_in(arranged(model, inputs)))
+
+
+def arranged(model: nn.Module, inputs: Inputs) -> list[Any]:
+    """Return the arguments of a forward in the order of its signature."""
     bound = _bind(model, inputs)
-    bound.apply_defaults()
     values: list[Any] = []
     for name, parameter in bound.signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            values.extend(bound.arguments[name])
-        else:
-            values.append(bound.arguments[name])
+        if name not in bound.arguments:
+            continue
+        value = bound.arguments[name]
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            value = [value[key] for key in sorted(value)]
+        values.append(value)
     return values

@@ -8,8 +8,8 @@ import numpy as np
 from torch import nn
 
 from torchcap.graph.channels import Ids
-from torchcap.graph.operators import pointwise, unchanged
-from torchcap.graph.sizes import Place, Size
+from torchcap.graph.operators import pointwise
+from torchcap.graph.sizes import Place
 from torchcap.graph.values import Call, Channels, Value
 from torchcap.graph.weights import output_axis
 
@@ -45,7 +45,7 @@ def _depthwise(call: Call, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Channels
     tensors = [(n, 0) for n in ("weight", "bias", "gain") if call.has(n)]
     ids = call.table.axis(call.path, tensors, "carrier", layer.out_channels)
     call.table.join(ids, np.repeat(x.ids, layer.out_channels // layer.in_channels))
-    call.table.select(ids, f"depthwise convolution {call.path!r}")
+    call.select(ids, f"depthwise convolution {call.path!r}")
     return Channels(call.shape, x.dim, ids)
 
 
@@ -98,7 +98,7 @@ def _read(call: Call, x: Value, reading: Ids) -> None:
     if isinstance(x, Channels):
         call.table.join(reading, x.ids)
     else:
-        call.table.fix(reading, f"{call.label} reads a tensor whose channels are not followed")
+        call.fix(reading, f"{call.label} reads a tensor whose channels are not followed")
 
 
 def _written(call: Call, layer: nn.Module, count: int) -> Ids:
@@ -129,11 +129,12 @@ def _act_is_pointwise(call: Call) -> bool:
     """Bend the channels if the norm has an activation inside; whether it is one with a rule."""
     for name in ("drop", "act"):
         inner = getattr(call.module, name, None)
-        rule = call.rule_of(inner) if isinstance(inner, nn.Module) else None
-        if rule is pointwise:
+        operator = call.operator_of(inner) if isinstance(inner, nn.Module) else None
+        kind = None if operator is None else operator.kind
+        if kind == "pointwise":
             for x in call.followed():
                 call.table.bend(x.ids)
-        elif inner is not None and rule is not unchanged:
+        elif inner is not None and kind != "unchanged":
             return False
     return True
 
@@ -187,7 +188,7 @@ def group_norm(call: Call) -> Value:
     if not _act_is_pointwise(call):
         return call.give_up(f"the activation inside {call.label} has no rule")
     _carry(call, x, ("weight", "bias"), 0, f"group norm {call.path!r}")
-    call.table.select(x.ids, f"group norm {call.path!r}")
+    call.select(x.ids, f"group norm {call.path!r}")
     pieces = x.ids.reshape(layer.num_groups, -1)
     call.table.balance(pieces, f"does not fall evenly into the groups of {call.label}")
     return call.like(x)
@@ -270,8 +271,7 @@ def _counts(call: Call, name: str, x: Channels) -> bool:
     """Let an attribute follow the number of channels; whether it is that number."""
     if getattr(call.module, name) != len(x.ids):
         return False
-    size = Size.of(len(x.ids), (Place(call.path, name),), 1, set())
-    call.table.bind(size, x.ids[None])
+    call.table.bind((Place(call.path, name),), x.ids[None])
     return True
 
 
@@ -281,4 +281,4 @@ def _carry(call: Call, x: Channels, names: Sequence[str], axis: int, select: str
         ids = call.table.axis(call.path, tensors, "carrier", len(x.ids))
         call.table.join(ids, x.ids)
     if select is not None:
-        call.table.select(x.ids, select)
+        call.select(x.ids, select)

@@ -20,7 +20,7 @@ def permutation(call: Call) -> Value:
     order = call.argument(1, "dims")
     order = order if isinstance(order, tuple | list) else call.args[1:]
     if not all(isinstance(d, int) for d in order):
-        return call.give_up(f"permuted by computed dimensions at {call.node.name!r}")
+        return call.give_up("permuted by computed dimensions")
     return call.like(x, [d % len(x.shape) for d in order].index(x.dim))
 
 
@@ -31,7 +31,7 @@ def transposition(call: Call) -> Value:
         return call.give_up(call.unexpected)
     pair = [call.argument(1, "dim0"), call.argument(2, "dim1")]
     if not all(isinstance(d, int) for d in pair):
-        return call.give_up(f"transposed by computed dimensions at {call.node.name!r}")
+        return call.give_up("transposed by computed dimensions")
     first, second = (d % len(x.shape) for d in pair)
     return call.like(x, {first: second, second: first}.get(x.dim, x.dim))
 
@@ -65,18 +65,18 @@ def reshaping(call: Call) -> Value:
         sizes = tuple(sizes[0])
     extents = [s for s in sizes if isinstance(s, Extent)]
     if not isinstance(x, Channels):
-        return call.give_up(f"reshaped by the number of channels at {call.node.name!r}")
+        return call.give_up("reshaped by the number of channels")
     if len(x.shape) == 1 and call.shape.count(1) == len(call.shape) - 1 and not extents:
         return _spread(call, x, sizes)
     end = _last_merged(x.shape, call.shape, x.dim)
     if end is None or len(sizes) != len(call.shape):
-        return call.give_up(f"reshaped across the channels at {call.node.name!r}")
+        return call.give_up("reshaped across the channels")
     size = sizes[x.dim]
     follows = size == -1 or (
         isinstance(size, Extent) and x.dim == end and np.array_equal(size.ids, x.ids)
     )
     if not follows or len(extents) != isinstance(size, Extent):
-        return call.give_up(f"reshaped to a fixed number of channels at {call.node.name!r}")
+        return call.give_up("reshaped to a fixed number of channels")
     return _repeated(call, x, end)
 
 
@@ -84,7 +84,7 @@ def _spread(call: Call, x: Channels, sizes: Sequence[Value]) -> Value:
     """A vector (layer scale) with dimensions of size one put around its only one."""
     dim = next(d for d, n in enumerate(call.shape) if n == len(x.ids))
     if len(sizes) != len(call.shape) or sizes[dim] != -1:
-        return call.give_up(f"reshaped to a fixed number of channels at {call.node.name!r}")
+        return call.give_up("reshaped to a fixed number of channels")
     return Channels(call.shape, dim, x.ids)
 
 
@@ -111,7 +111,7 @@ def _merge(call: Call, x: Channels, start: int, end: int) -> Value:
     if end < x.dim or start > x.dim:
         return call.like(x, x.dim if end >= x.dim else x.dim - (end - start))
     if start < x.dim:
-        return call.give_up(f"flattened with dimensions before the channels at {call.node.name!r}")
+        return call.give_up("flattened with dimensions before the channels")
     return _repeated(call, x, end)
 
 
@@ -121,10 +121,10 @@ def removal(call: Call) -> Value:
     if not isinstance(x, Channels):
         return call.give_up(call.unexpected)
     if not isinstance(dim, int):
-        return call.give_up(f"squeezed without a dimension at {call.node.name!r}")
+        return call.give_up("squeezed without a dimension")
     dim %= len(x.shape)
     if dim == x.dim:  # it would vanish, were there one channel left
-        return call.give_up(f"squeezed along the channels at {call.node.name!r}")
+        return call.give_up("squeezed along the channels")
     if x.shape[dim] != 1:
         return call.like(x)
     return call.like(x, x.dim - (dim < x.dim))
@@ -138,14 +138,14 @@ def expansion(call: Call) -> Value:
     dim = x.dim + len(call.shape) - len(x.shape)
     if isinstance(other, Channels):
         if other.dim != dim or len(other.ids) != len(x.ids):
-            return call.give_up(f"expanded to other channels at {call.node.name!r}")
+            return call.give_up("expanded to other channels")
         call.table.join(x.ids, other.ids)
         return call.like(x, dim)
     sizes = other if isinstance(other, tuple | list) else call.args[1:]
     size = sizes[dim] if len(sizes) == len(call.shape) else None
     same = size == -1 or (isinstance(size, Extent) and np.array_equal(size.ids, x.ids))
     if not same or sum(isinstance(s, Extent) for s in sizes) != isinstance(size, Extent):
-        return call.give_up(f"expanded to a fixed number of channels at {call.node.name!r}")
+        return call.give_up("expanded to a fixed number of channels")
     return call.like(x, dim)
 
 
@@ -158,7 +158,7 @@ def repetition(call: Call) -> Value:
     counts = [1] * (len(call.shape) - len(counts)) + list(counts)
     dim = x.dim + len(call.shape) - len(x.shape)
     if counts[dim] != 1:
-        return call.give_up(f"channels are repeated at {call.node.name!r}")
+        return call.give_up("channels are repeated")
     return call.like(x, dim)
 
 
@@ -174,7 +174,7 @@ def unbinding(call: Call) -> Value:
         return call.give_up(call.unexpected)
     dim %= len(x.shape)
     if dim == x.dim:
-        return call.give_up(f"channels are taken one by one at {call.node.name!r}")
+        return call.give_up("channels are taken one by one")
     place = x.dim - (dim < x.dim)
     return tuple(Channels(tuple(piece.shape), place, x.ids) for piece in call.result)
 
@@ -185,7 +185,7 @@ def splitting(call: Call) -> Value:
     if not isinstance(x, Channels) or not isinstance(dim, int):
         return call.give_up(call.unexpected)
     if dim % len(x.shape) == x.dim:
-        return call.give_up(f"split into fixed numbers of channels at {call.node.name!r}")
+        return call.give_up("split into fixed numbers of channels")
     return tuple(Channels(tuple(piece.shape), x.dim, x.ids) for piece in call.result)
 
 
@@ -203,7 +203,7 @@ def stacking(call: Call) -> Value:
             return call.give_up(f"{call.label} of tensors with channels in different places")
         call.table.join(first.ids, tensor.ids)
     if len(followed) < len(tensors):
-        call.table.fix(first.ids, f"{call.label} with a tensor whose channels are not followed")
+        call.fix(first.ids, f"{call.label} with a tensor whose channels are not followed")
     return call.like(first, first.dim + (dim % len(call.shape) <= first.dim))
 
 
@@ -233,7 +233,7 @@ def picking(call: Call) -> Value:
         return call.give_up(call.unexpected)
     dim %= len(x.shape)
     if dim == x.dim:
-        return call.give_up(f"indexed along the channels at {call.node.name!r}")
+        return call.give_up("indexed along the channels")
     return call.like(x, x.dim - (dim < x.dim))
 
 
@@ -245,7 +245,7 @@ def unflattening(call: Call) -> Value:
         return call.give_up(call.unexpected)
     dim %= len(x.shape)
     if dim == x.dim:
-        return call.give_up(f"reshaped to a fixed number of channels at {call.node.name!r}")
+        return call.give_up("reshaped to a fixed number of channels")
     return call.like(x, x.dim + (dim < x.dim) * (len(call.shape) - len(x.shape)))
 
 
@@ -256,7 +256,7 @@ def reshaping_as(call: Call) -> Value:
         return call.give_up(call.unexpected)
     last = x.dim == len(x.shape) - 1 and other.dim == len(other.shape) - 1
     if not last or len(x.ids) != len(other.ids):
-        return call.give_up(f"reshaped across the channels at {call.node.name!r}")
+        return call.give_up("reshaped across the channels")
     call.table.join(x.ids, other.ids)
     return call.like(x, other.dim)
 

@@ -7,7 +7,7 @@ from math import prod
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from torchcap.graph.channels import Ids
 from torchcap.graph.values import Call, Channels, Extent, Held, Opaque, Rule, Value, flat, opaque
@@ -112,10 +112,10 @@ def _combine(call: Call, verb: str) -> Value:
         behind = len(x.shape) - x.dim
         if len(other.shape) >= behind and other.shape[-behind] != 1:
             return call.give_up(
-                f"{verb} a tensor whose channels are not followed, at {call.node.name!r}"
+                f"{verb} a tensor whose channels are not followed"
             )
     elif not isinstance(other, int | float):
-        return call.give_up(f"{verb} {type(other).__name__} at {call.node.name!r}")
+        return call.give_up(f"{verb} {type(other).__name__}")
     # A term that is one for all channels does not commute with a rotation; a factor does.
     if verb == "added to" or x is right:
         call.table.bend(x.ids)
@@ -137,14 +137,14 @@ def _with_channels(call: Call, place: int) -> Value:
 def _combine_channels(call: Call, left: Channels, right: Channels, verb: str) -> Value:
     same_dim = len(left.shape) - left.dim == len(right.shape) - right.dim
     if not same_dim or len(left.ids) != len(right.ids):
-        return call.give_up(f"{verb} a tensor of other channels at {call.node.name!r}")
+        return call.give_up(f"{verb} a tensor of other channels")
     wide = left if len(left.shape) >= len(right.shape) else right
     call.table.join(left.ids, right.ids)
     if verb == "multiplied with":
         call.table.bend(left.ids)
-        call.table.select(left.ids, f"multiplied channel by channel at {call.node.name!r}")
+        call.select(left.ids, "multiplied channel by channel")
     elif _has_parameter(call, left, right):
-        call.table.select(left.ids, f"a term for each channel at {call.node.name!r}")
+        call.select(left.ids, "a term for each channel")
     else:
         call.restrict_sum(left.ids, right.ids)
     return call.like(wide)
@@ -190,7 +190,7 @@ def together(call: Call) -> Value:
     for v in followed[1:]:
         if not np.array_equal(first.ids, v.ids):
             call.table.join(first.ids, v.ids)
-            call.table.select(first.ids, f"told apart channel by channel at {call.node.name!r}")
+            call.select(first.ids, "told apart channel by channel")
     call.table.bend(first.ids)
     return call.like(first, len(call.shape) - behind)
 
@@ -227,7 +227,7 @@ def gated_halves(call: Call) -> Value:
     halves = x.ids.reshape(2, -1)
     call.table.balance(halves, f"does not fall evenly into the halves of {call.label}")
     call.table.join(halves[0], halves[1])
-    call.table.select(halves, f"multiplied channel by channel at {call.node.name!r}")
+    call.select(halves, "multiplied channel by channel")
     return Channels(call.shape, x.dim, halves[0])
 
 
@@ -254,7 +254,7 @@ def concatenation(call: Call) -> Value:
             pieces.append(tensor.ids)
         elif isinstance(tensor, Opaque):
             pieces.append(call.table.new(tensor.shape[at]))
-            call.table.fix(
+            call.fix(
                 pieces[-1], f"{call.label} with a tensor whose channels are not followed"
             )
     if dim == at:
@@ -291,7 +291,7 @@ def item(call: Call) -> Value:
         return call.give_up(call.unexpected)
     dim, position = _indexed_dim(x, index if isinstance(index, tuple) else (index,))
     if dim is None:
-        return call.give_up(f"indexed along the channels or by a tensor at {call.node.name!r}")
+        return call.give_up("indexed along the channels or by a tensor")
     return call.like(x, position)
 
 
@@ -336,10 +336,10 @@ def reduction(place: int = 1, *, bends: bool = False) -> Rule:
         if not isinstance(x, Channels):
             return call.give_up(call.unexpected)
         if not dims:
-            return call.give_up(f"reduced over all dimensions at {call.node.name!r}")
+            return call.give_up("reduced over all dimensions")
         reduced = {d % len(x.shape) for d in dims}
         if x.dim in reduced:
-            return call.give_up(f"reduced over the channels at {call.node.name!r}")
+            return call.give_up("reduced over the channels")
         if bends:
             call.table.bend(x.ids)
         return _results(call, x, x.dim - sum(d < x.dim for d in reduced))
@@ -400,55 +400,33 @@ def _results(call: Call, x: Channels, place: int) -> Value:
     return values[0] if single else values
 
 
-def packing(call: Call) -> Value:
-    """The making of a named tuple."""
-    return tuple(call.args)
-
-
 # --------------------------------------------------------------------------------------------------
 # Sizes
 
 
 def size(call: Call) -> Value:
-    """``x.size()``, ``x.size(dim)``: integers that remember which channels they count."""
+    """``x.size(dim)``: an integer that remembers which channels it counts."""
     x, dim = call.args[0], call.argument(1, "dim")
-    if not isinstance(x, Channels | Opaque):
-        return call.give_up(f"size of a {type(x).__name__}")
-    sizes = _sizes(x)
-    if isinstance(call.result, tuple):
-        return sizes
-    return sizes[dim] if isinstance(dim, int) else call.give_up("size of a computed dimension")
+    if isinstance(x, Channels) and dim % len(x.shape) == x.dim:
+        return Extent(x.ids)
+    return call.result
+
+
+def count(call: Call) -> Value:
+    """``x.numel()``."""
+    x = call.args[0]
+    if isinstance(x, Channels):
+        return Extent(x.ids, times=prod(x.shape) // len(x.ids))
+    return call.result
 
 
 def attribute(call: Call) -> Value:
-    """``getattr``: the shape of a tensor; whatever else does not follow channels."""
+    """``getattr``: the transpose of a tensor, or a part of what a function returns."""
     x, name = call.args[0], call.args[1]
-    if isinstance(x, Channels | Opaque):
-        if name == "shape":
-            return _sizes(x)
-        if name in {"dtype", "device", "ndim", "requires_grad", "is_cuda"}:
-            return call.result
-        return call.give_up(f"attribute {name!r} of a tensor")
-    pair = isinstance(x, tuple) and _is_of_torch(call.node.args[0])
-    if pair and name in {"values", "indices"}:  # what a maximum or a sort returns
-        return x[name == "indices"]
-    return call.give_up(f"attribute {name!r}")
-
-
-def _is_of_torch(node: object) -> bool:
-    """Whether a value is what a method of tensors or a function of torch returns."""
-    if not isinstance(node, fx.Node) or node.op not in {"call_function", "call_method"}:
-        return False
-    name = getattr(node.target, "__name__", "")
-    return node.op == "call_method" or getattr(torch, name, None) is node.target
-
-
-def _sizes(x: Channels | Opaque) -> tuple[int | Extent, ...]:
-    at = x.dim if isinstance(x, Channels) else -1
-    ids = x.ids if isinstance(x, Channels) else np.empty(0, dtype=np.int64)
-    return tuple(Extent(ids) if d == at else n for d, n in enumerate(x.shape))
-
-
-def plain_result(call: Call) -> Value:
-    """A property of a tensor that does not depend on its channels (``dim()``)."""
-    return call.result
+    if isinstance(x, Channels) and name == "data":
+        return call.like(x)
+    if isinstance(x, Channels) and name in {"T", "mT"}:
+        last = len(x.shape) - 1
+        places = {last: last - 1, last - 1: last} if name == "mT" else {x.dim: last - x.dim}
+        return call.like(x, places.get(x.dim, x.dim))
+    return call.give_up(f"attribute {name!r} of a tensor")

@@ -4,9 +4,10 @@ A rule is a function ``rule(call) -> value``. It sees the operator's arguments a
 and answers with the abstract value of the result, joining, fixing or restricting channels on the
 way (:mod:`torchcap.graph.values`).
 
-``RULES`` maps a module class, a function or a method name to its rule. A class that inherits the
-``forward`` of one in the table has the same rule. **An operator without a rule is a boundary**:
-every channel that enters it stays as it is, and what comes out of it is opaque.
+``OPERATORS`` maps a module class, a function or a method name to the one record of all that is
+known of it. A class that inherits the ``forward`` of one in the table has the same record. **An
+operator without one is a boundary**: every channel that enters it stays as it is, and what comes
+out of it is opaque.
 """
 
 from __future__ import annotations
@@ -30,9 +31,8 @@ from timm.models.vgg import ConvMlp
 from torch import fx, nn
 from torchvision.models.convnext import LayerNorm2d as TorchvisionLayerNorm2d
 
-from torchcap.graph import heads
+from torchcap.graph import heads, moving
 from torchcap.graph.attention import dot_product_attention, product
-from torchcap.graph.heads import division, item, reshaping, splitting
 from torchcap.graph.layers import (
     batch_norm,
     blur_pool,
@@ -72,13 +72,12 @@ from torchcap.graph.operators import (
     chunk,
     concatenation,
     contraction,
+    count,
     extreme,
     gated_halves,
     interpolation,
     multiplied_addition,
-    packing,
     padding,
-    plain_result,
     pointwise,
     reduction,
     refusal,
@@ -88,10 +87,12 @@ from torchcap.graph.operators import (
     together,
     unchanged,
 )
-from torchcap.graph.values import Rule
+from torchcap.graph.values import Extent, Held, Kind, Operator, Rule, Setting
 from torchcap.graph.weights import TRANSPOSED_CONVOLUTIONS
 
 Target = type[nn.Module] | Callable[..., Any] | str
+Rules = Mapping[Target, Operator | Rule]
+"""What a user says of operators; a rule by itself is an operator of no special kind."""
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (
     nn.Conv1d,
@@ -105,9 +106,8 @@ CONVOLUTIONS: tuple[type[nn.Module], ...] = (
 )
 STANDARDIZED: tuple[type[nn.Module], ...] = CONVOLUTIONS[4:]
 LINEARS: tuple[type[nn.Module], ...] = (nn.Linear, TimmLinear)
-COUNTED: tuple[type[nn.Module], ...] = (
-    *CONVOLUTIONS, *LINEARS, *TRANSPOSED_CONVOLUTIONS, nn.MultiheadAttention
-)  # fmt: skip
+LAYERS: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, *LINEARS, *TRANSPOSED_CONVOLUTIONS)
+COUNTED: tuple[type[nn.Module], ...] = (*LAYERS, nn.MultiheadAttention)
 """The layers whose multiply-adds are counted."""
 
 BATCH_NORMS: tuple[type[nn.Module], ...] = (
@@ -217,145 +217,167 @@ _SOFTMAXES = (
 _TRANSPOSITIONS = (
     torch.transpose, "transpose", torch.swapaxes, "swapaxes", torch.swapdims, "swapdims",
 )  # fmt: skip
-_SPLITS = (
-    torch.split, torch.functional.split, "split", torch.tensor_split, "tensor_split",
-    "split_with_sizes",
-)  # fmt: skip
+_SPLITS = (torch.split, torch.functional.split, "split", "split_with_sizes")
 
 _MATRIX_PRODUCTS = (operator.matmul, torch.matmul, "matmul", torch.bmm, "bmm")
 
-RULES: Mapping[Target, Rule] = {
-    **dict.fromkeys(CONVOLUTIONS, convolution),
-    **dict.fromkeys(LINEARS, linear),
-    **dict.fromkeys(BATCH_NORMS, batch_norm),
-    **dict.fromkeys(_NORMS_OF_THE_LAST_DIMENSION, layer_norm),
-    **dict.fromkeys(_NORMS_OF_AN_IMAGE, layer_norm_2d),
-    **dict.fromkeys(_GROUP_NORMS, group_norm),
-    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), instance_norm),
-    **dict.fromkeys(_RESPONSE_NORMS, response_norm),
-    **dict.fromkeys(TRANSPOSED_CONVOLUTIONS, transposed_convolution),
-    **dict.fromkeys(_EVO_NORMS_OF_BATCHES, refusal("measures every batch")),
-    nn.MultiheadAttention: refusal(
-        "computes with all of its weights together; torchcap.split_attention(model) takes it apart"
-    ),
-    GlobalResponseNorm: global_response_norm,
-    ConvMlp: conv_mlp,
-    BlurPool2d: blur_pool,
-    nn.PReLU: prelu,
-    tl.PReLU: prelu,
-    **dict.fromkeys(_POINTWISE_MODULES, pointwise),
-    **dict.fromkeys(_POINTWISE_FUNCTIONS, pointwise),
-    **dict.fromkeys(_UNCHANGED, unchanged),
-    **{t: spatial(dims) for dims, targets in _AVERAGE_POOLS.items() for t in targets},
-    **{t: spatial(dims, bends=True) for dims, targets in _MAXIMUM_POOLS.items() for t in targets},
-    **dict.fromkeys(_PADS, padding),
-    **dict.fromkeys(_RESAMPLINGS, interpolation),
-    **dict.fromkeys(_PRODUCTS, scaling),
-    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), addition),
-    **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_"), addition),
-    **dict.fromkeys((torch.addcmul, "addcmul"), multiplied_addition),
-    **dict.fromkeys(_COMPARISONS, together),
-    **dict.fromkeys((nn.GLU, F.glu), gated_halves),
-    torch.functional.einsum: contraction,
-    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), concatenation),
-    **dict.fromkeys((torch.chunk, "chunk"), chunk),
-    **dict.fromkeys((torch.mean, "mean", torch.sum, "sum"), reduction()),
-    **dict.fromkeys(_EXTREMES + _SPREADS, reduction(bends=True)),
-    **dict.fromkeys(_NORMS_OF_VECTORS, reduction(2, bends=True)),
-    **dict.fromkeys((torch.max, "max", torch.min, "min"), extreme),
-    **dict.fromkeys(_SOFTMAXES, along(1, bends=True)),
-    nn.Softmax2d: refusal("acts along the channels"),
-    F.normalize: along(2, default=1, bends=True),
-    **dict.fromkeys((torch.topk, "topk"), along(2, default=-1, bends=True)),
+_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_SUBTRACTIONS = (
+    operator.sub, operator.isub, torch.sub, "sub", "sub_", torch.subtract, "subtract",
+)  # fmt: skip
+
+
+def _operator(
+    channels: Rule, heads: Rule | None = None, kind: Kind = "other", *knows: type
+) -> Operator:
+    return Operator(channels, heads, kind, frozenset(knows))
+
+
+_POINTWISE = _operator(pointwise, heads.pointwise, "pointwise")
+_SAME = _operator(unchanged, heads.unchanged, "unchanged")
+_CONVOLUTION = _operator(convolution, kind="convolution")
+_LINEAR = _operator(linear, heads.linear, "linear")
+_TRANSPOSED = _operator(transposed_convolution, kind="transposed convolution")
+_BATCH_NORM = _operator(batch_norm, kind="batch norm")
+_LAYER_NORM = _operator(layer_norm, heads.norm_of_heads, "norm")
+_PRODUCT = _operator(scaling, heads.scaling, "product", Held)
+_MATRIX_PRODUCT = _operator(product, product)
+
+OPERATORS: Mapping[Target, Operator] = {
+    **dict.fromkeys(CONVOLUTIONS, _CONVOLUTION),
+    **dict.fromkeys(LINEARS, _LINEAR),
+    **dict.fromkeys(BATCH_NORMS, _BATCH_NORM),
+    **dict.fromkeys(_NORMS_OF_THE_LAST_DIMENSION, _LAYER_NORM),
+    **dict.fromkeys(_NORMS_OF_AN_IMAGE, _operator(layer_norm_2d, kind="norm")),
+    **dict.fromkeys(_GROUP_NORMS, _operator(group_norm, kind="norm")),
     **dict.fromkeys(
-        (torch.sort, "sort", torch.argsort, "argsort"), along(1, default=-1, bends=True)
+        (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+        _operator(instance_norm, kind="norm"),
     ),
-    operator.getitem: item,
-    getattr: attribute,
-    "size": size,
-    "dim": plain_result,
-    **dict.fromkeys((torch.permute, "permute"), permutation),
-    **dict.fromkeys(_TRANSPOSITIONS, transposition),
-    **dict.fromkeys((torch.movedim, "movedim", torch.moveaxis, "moveaxis"), relocation),
-    **dict.fromkeys((torch.unsqueeze, "unsqueeze"), insertion),
-    **dict.fromkeys((nn.Flatten, torch.flatten, "flatten"), flattening),
-    **dict.fromkeys((torch.reshape, "reshape", "view"), reshaping),
-    **dict.fromkeys(("reshape_as", "view_as"), reshaping_as),
-    **dict.fromkeys((nn.Unflatten, torch.unflatten, "unflatten"), heads.unflattening),
-    **dict.fromkeys((nn.Unfold, F.unfold, nn.PixelUnshuffle, F.pixel_unshuffle), spreading),
-    **dict.fromkeys((nn.Fold, F.fold, nn.PixelShuffle, F.pixel_shuffle), gathering),
-    **dict.fromkeys((torch.squeeze, "squeeze"), removal),
-    **dict.fromkeys(("expand", "expand_as"), expansion),
-    **dict.fromkeys((torch.tile, "repeat", "tile"), repetition),
-    **dict.fromkeys((torch.repeat_interleave, "repeat_interleave"), along(2)),
-    **dict.fromkeys((torch.roll, "roll"), along(2, "dims")),
-    **dict.fromkeys((torch.narrow, "narrow"), along(1)),
-    "unfold": along(1, "dimension"),
-    **dict.fromkeys((torch.flip, "flip"), flipping),
-    **dict.fromkeys((torch.unbind, "unbind"), unbinding),
-    **dict.fromkeys((torch.select, "select"), picking),
-    **dict.fromkeys(_SPLITS, splitting),
-    **dict.fromkeys((torch.stack,), stacking),
-    **dict.fromkeys(_MATRIX_PRODUCTS, product),
-    F.scaled_dot_product_attention: dot_product_attention,
-    operator.floordiv: division,
+    **dict.fromkeys(_RESPONSE_NORMS, _operator(response_norm, kind="norm")),
+    **dict.fromkeys(TRANSPOSED_CONVOLUTIONS, _TRANSPOSED),
+    **dict.fromkeys(_EVO_NORMS_OF_BATCHES, _operator(refusal("measures every batch"))),
+    nn.MultiheadAttention: _operator(refusal(
+        "computes with all of its weights together; torchcap.split_attention(model) takes it apart"
+    )),
+    GlobalResponseNorm: _operator(global_response_norm, kind="norm"),
+    ConvMlp: _operator(conv_mlp, kind="layers"),
+    BlurPool2d: _operator(blur_pool),
+    nn.PReLU: _operator(prelu),
+    tl.PReLU: _operator(prelu),
+    **dict.fromkeys(_POINTWISE_MODULES, _POINTWISE),
+    **dict.fromkeys(_POINTWISE_FUNCTIONS, _POINTWISE),
+    **dict.fromkeys(_UNCHANGED, _SAME),
+    **{t: _operator(spatial(dims)) for dims, targets in _AVERAGE_POOLS.items() for t in targets},
+    **{
+        t: _operator(spatial(dims, bends=True))
+        for dims, targets in _MAXIMUM_POOLS.items()
+        for t in targets
+    },
+    **dict.fromkeys(_PADS, _operator(padding)),
+    **dict.fromkeys(_RESAMPLINGS, _operator(interpolation)),
+    **dict.fromkeys(_PRODUCTS, _PRODUCT),
+    **dict.fromkeys(_ADDITIONS, _operator(addition, heads.addition, "sum", Held)),
+    **dict.fromkeys(_SUBTRACTIONS, _operator(addition, heads.addition, "difference", Held)),
+    **dict.fromkeys((torch.addcmul, "addcmul"), _operator(multiplied_addition)),
+    **dict.fromkeys(_COMPARISONS, _operator(together)),
+    **dict.fromkeys((nn.GLU, F.glu), _operator(gated_halves)),
+    torch.functional.einsum: _operator(contraction),
+    **dict.fromkeys(
+        (torch.cat, torch.concat, torch.concatenate), _operator(concatenation, heads.joining)
+    ),
+    **dict.fromkeys((torch.chunk, "chunk"), _operator(chunk, heads.chunking_of_heads, "chunk")),
+    **dict.fromkeys(
+        (torch.mean, "mean", torch.sum, "sum"), _operator(reduction(), heads.reduction)
+    ),
+    **dict.fromkeys(_EXTREMES + _SPREADS, _operator(reduction(bends=True))),
+    **dict.fromkeys(_NORMS_OF_VECTORS, _operator(reduction(2, bends=True))),
+    **dict.fromkeys((torch.max, "max", torch.min, "min"), _operator(extreme)),
+    **dict.fromkeys(_SOFTMAXES, _operator(along(1, bends=True), heads.softmax)),
+    nn.Softmax2d: _operator(refusal("acts along the channels")),
+    F.normalize: _operator(along(2, default=1, bends=True), heads.normalization),
+    **dict.fromkeys((torch.topk, "topk"), _operator(along(2, default=-1, bends=True))),
+    **dict.fromkeys(
+        (torch.sort, "sort", torch.argsort, "argsort"),
+        _operator(along(1, default=-1, bends=True)),
+    ),
+    operator.getitem: _operator(heads.item, heads.item_of_heads, "move", Extent, Setting),
+    getattr: _operator(attribute, heads.attribute, "move"),
+    "size": _operator(size, heads.size),
+    **dict.fromkeys(("numel", "nelement"), _operator(count)),
+    **dict.fromkeys((torch.permute, "permute"), _operator(permutation, heads.permutation, "move")),
+    **dict.fromkeys(_TRANSPOSITIONS, _operator(transposition, heads.transposition, "move")),
+    **dict.fromkeys(
+        (torch.movedim, "movedim", torch.moveaxis, "moveaxis"),
+        _operator(relocation, heads.relocation, "move"),
+    ),
+    **dict.fromkeys((torch.unsqueeze, "unsqueeze"), _operator(insertion, heads.insertion, "move")),
+    **dict.fromkeys(
+        (nn.Flatten, torch.flatten, "flatten"), _operator(flattening, heads.flattening, "move")
+    ),
+    **dict.fromkeys(
+        (torch.reshape, "reshape", "view"),
+        _operator(heads.reshaping, heads.reshaping, "move", Extent, Setting),
+    ),
+    **dict.fromkeys(("reshape_as", "view_as"), _operator(reshaping_as, kind="move")),
+    **dict.fromkeys(
+        (nn.Unflatten, torch.unflatten, "unflatten"),
+        _operator(heads.unflattening, None, "move", Extent, Setting),
+    ),
+    **dict.fromkeys(
+        (nn.Unfold, F.unfold, nn.PixelUnshuffle, F.pixel_unshuffle), _operator(spreading)
+    ),
+    **dict.fromkeys((nn.Fold, F.fold, nn.PixelShuffle, F.pixel_shuffle), _operator(gathering)),
+    **dict.fromkeys((torch.squeeze, "squeeze"), _operator(removal, kind="move")),
+    **dict.fromkeys(("expand", "expand_as"), _operator(expansion, None, "other", Extent)),
+    **dict.fromkeys((torch.tile, "repeat", "tile"), _operator(repetition)),
+    **dict.fromkeys((torch.repeat_interleave, "repeat_interleave"), _operator(along(2))),
+    **dict.fromkeys((torch.roll, "roll"), _operator(along(2, "dims"))),
+    **dict.fromkeys((torch.narrow, "narrow"), _operator(along(1))),
+    "unfold": _operator(along(1, "dimension")),
+    **dict.fromkeys((torch.flip, "flip"), _operator(flipping)),
+    **dict.fromkeys((torch.unbind, "unbind"), _operator(unbinding, heads.unbinding, "move")),
+    **dict.fromkeys((torch.select, "select"), _operator(picking, kind="move")),
+    **dict.fromkeys(
+        _SPLITS,
+        _operator(heads.splitting, heads.splitting_of_heads, "split", Setting, Extent),
+    ),
+    **dict.fromkeys((torch.tensor_split, "tensor_split"), _operator(moving.splitting)),
+    **dict.fromkeys((torch.stack,), _operator(stacking)),
+    **dict.fromkeys(_MATRIX_PRODUCTS, _MATRIX_PRODUCT),
+    F.scaled_dot_product_attention: _operator(dot_product_attention, dot_product_attention),
 }
 
-RULES_ON_HEADS: Mapping[Target, Rule] = {
-    **dict.fromkeys(_NORMS_OF_THE_LAST_DIMENSION, heads.norm_of_heads),
-    **dict.fromkeys(_POINTWISE_MODULES, heads.pointwise),
-    **dict.fromkeys(_POINTWISE_FUNCTIONS, heads.pointwise),
-    **dict.fromkeys(_UNCHANGED, heads.unchanged),
-    **dict.fromkeys(_PRODUCTS, heads.scaling),
-    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), heads.addition),
-    **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_"), heads.addition),
-    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), heads.joining),
-    **dict.fromkeys((torch.chunk, "chunk", *_SPLITS), heads.cutting),
-    **dict.fromkeys((torch.mean, "mean", torch.sum, "sum"), heads.reduction),
-    **dict.fromkeys(_SOFTMAXES, heads.softmax),
-    F.normalize: heads.normalization,
-    operator.getitem: heads.item_of_heads,
-    getattr: heads.attribute,
-    "size": heads.size,
-    **dict.fromkeys((torch.permute, "permute"), heads.permutation),
-    **dict.fromkeys(_TRANSPOSITIONS, heads.transposition),
-    **dict.fromkeys((torch.movedim, "movedim", torch.moveaxis, "moveaxis"), heads.relocation),
-    **dict.fromkeys((torch.unsqueeze, "unsqueeze"), heads.insertion),
-    **dict.fromkeys((torch.flatten, "flatten"), heads.flattening),
-    **dict.fromkeys((torch.reshape, "reshape", "view"), reshaping),
-    **dict.fromkeys((torch.unbind, "unbind"), heads.unbinding),
-    **dict.fromkeys(_MATRIX_PRODUCTS, product),
-    F.scaled_dot_product_attention: dot_product_attention,
-}
-"""Rules for tensors whose channels are spread over heads; what is not here gives up on them."""
-
-READS_SIZES: frozenset[Rule] = frozenset({item, size, attribute, reshaping, expansion, division})
-"""Rules that know what to do with an :class:`Extent` among their arguments."""
-
-READS_HELD: frozenset[Rule] = frozenset({scaling, addition})
-"""Rules that know what to do with a :class:`~torchcap.graph.values.Held` among their arguments."""
-
-BINDS_SIZES: frozenset[Rule] = frozenset(
-    {reshaping, splitting, item, heads.cutting, heads.item_of_heads, heads.unflattening}
-)
-"""Rules that know what to do with a :class:`~torchcap.graph.sizes.Size` among their arguments."""
+_COMPUTATION = ("forward", "_conv_forward", "_check_input_dim")
+"""The methods by which a class computes what the rule of its base is about."""
 
 
-def find_module_rule(module: nn.Module, rules: Mapping[Target, Rule]) -> Rule | None:
-    """Return the rule of a module's class, or of the class whose computation it inherits."""
+def is_patched(module: nn.Module) -> bool:
+    """Whether a module's computation has been replaced on the instance."""
+    return any(name in vars(module) for name in _COMPUTATION)
+
+
+def find_module_operator(
+    module: nn.Module, operators: Mapping[Target, Operator]
+) -> Operator | None:
+    """Return the record of a module's class, or of the class whose computation it inherits.
+
+    A module whose methods have been replaced on the instance computes what nobody knows.
+    """
+    if is_patched(module):
+        return None
     for base in type(module).__mro__:
-        rule = rules.get(base)
-        if rule is not None:
-            methods = ("forward", "_conv_forward", "_check_input_dim")
-            same = all(getattr(type(module), m, 0) is getattr(base, m, 0) for m in methods)
-            return rule if same else None
+        found = operators.get(base)
+        if found is not None:
+            same = all(getattr(type(module), m, 0) is getattr(base, m, 0) for m in _COMPUTATION)
+            return found if same else None
     return None
 
 
-def find_rule(node: fx.Node, module: nn.Module | None, rules: Mapping[Target, Rule]) -> Rule | None:
-    """Return the rule of a graph node, if there is one."""
+def find_operator(
+    node: fx.Node, module: nn.Module | None, operators: Mapping[Target, Operator]
+) -> Operator | None:
+    """Return the record of a graph node, if there is one."""
     if module is not None:
-        return find_module_rule(module, rules)
-    if isinstance(node.target, type) and issubclass(node.target, tuple) and not node.kwargs:
-        return packing
-    return rules.get(node.target) if node.op in {"call_function", "call_method"} else None
+        return find_module_operator(module, operators)
+    return operators.get(node.target) if node.op in {"call_function", "call_method"} else None

@@ -1,18 +1,24 @@
-"""Sizes that a forward reads from its modules: ``self.head_dim`` and the like.
+"""Sizes that remember where they come from.
 
-While a forward is traced, every integer that a module holds is a :class:`Size`, which knows where
-it comes from. So a reshape shows which attribute says how many channels there are, and that
-attribute is set when they become fewer. Any other use of a size (arithmetic, a comparison, a
-branch) could not follow: it *pins* the size, and what it counts stays.
+While a forward is recorded, ``x.shape`` gives integers that know the tensor and the dimension, and
+the integers that a module holds (``self.head_dim``) know their attribute. Arithmetic with them
+makes integers that know their formula. To torch and to Python all of them are plain ``int``.
+
+A comparison of sizes decides the way that a forward takes, so it is reported to the recorder. What
+C makes of a size leaves no trace (``range(n)``, ``int(n)``, ``[0] * n``): a second recording, whose
+sizes *lie* to C and to nobody else, shows whether the forward depends on it.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+import math
+import operator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
+import torch
 from torch import nn
 
 
@@ -45,125 +51,244 @@ class Place:
             value = type(getattr(owner, self.name))(value)
         setattr(owner, self.name, value)
 
+    @property
+    def path(self) -> str:
+        """Qualified name of the attribute."""
+        return f"{self.module}.{self.name}" if self.module else self.name
+
     def __str__(self) -> str:
-        index = "" if self.index is None else f"[{self.index}]"
-        return f"{self.module}.{self.name}{index}" if self.module else f"{self.name}{index}"
+        return self.path if self.index is None else f"{self.path}[{self.index}]"
 
 
-class Size(int):
-    """An integer that remembers which attributes it is the product of.
+class Witness(Protocol):
+    """Who is told what a forward does with its sizes."""
+
+    def compared(
+        self, operation: Callable[..., Any], operands: tuple[Any, ...], outcome: Any
+    ) -> Any:
+        """Take note of a comparison that the forward may branch on; return its outcome."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Formula:
+    """How a size was computed from others.
 
     Attributes:
-        places: of its factors that are attributes.
-        times: its other factor, a constant.
-        pinned: attributes that are used in a way which could not follow a change; one set for all
-            sizes of a trace.
+        operation: of the ``operator`` module, or ``math``.
+        operands: sizes and plain numbers.
     """
 
-    places: tuple[Place, ...]
-    times: int
-    pinned: set[Place]
+    operation: Callable[..., Any]
+    operands: tuple[Any, ...]
+
+
+class _Sized:
+    """What sizes of both kinds share: a true value, an origin, and who is told.
+
+    Attributes:
+        true: the value that arithmetic and comparisons go by.
+        origin: where it comes from: a :class:`Place`, a :class:`Formula`, or what the witness has
+            put there (a dimension of a tensor).
+        witness: is told of comparisons.
+    """
+
+    true: Any
+    origin: Any
+    witness: Witness
 
     @classmethod
-    def of(cls, value: int, places: tuple[Place, ...], times: int, pinned: set[Place]) -> Self:
-        """Make a size."""
-        size = cls(value)
-        size.places, size.times, size.pinned = places, times, pinned
+    def of(cls, true: Any, origin: Any, witness: Witness, *, told: Any = None) -> Self:
+        """Make a size.
+
+        Args:
+            true: its value.
+            origin: where it comes from.
+            witness: is told of comparisons.
+            told: what C is told instead of the value, in a recording that lies.
+        """
+        size = super().__new__(cls, true if told is None else told)
+        size.true, size.origin, size.witness = true, origin, witness
         return size
 
-    def __mul__(self, other: Any) -> Any:
-        if isinstance(other, Size):
-            places, times = (*self.places, *other.places), self.times * other.times
-        elif type(other) is int:
-            places, times = self.places, self.times * other
-        else:
-            return self._pin(int.__mul__, other)
-        return Size.of(int.__mul__(self, other), places, times, self.pinned)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self.true
 
-    __rmul__ = __mul__
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self
+    def __copy__(self) -> Any:
+        return self.true
 
     def __reduce__(self) -> Any:
-        return int, (self.plain,)
-
-    @property
-    def plain(self) -> int:
-        """The integer alone."""
-        return int.__pos__(self)
-
-    def _pin(self, operation: Callable[..., Any], *others: Any) -> Any:
-        for size in (self, *others):
-            if isinstance(size, Size):
-                self.pinned.update(size.places)
-        return operation(self.plain, *(o.plain if isinstance(o, Size) else o for o in others))
+        return type(self.true), (self.true,)
 
     def __hash__(self) -> int:
-        self.pinned.update(self.places)  # a set or mapping that it is looked up in
-        return int.__hash__(self)
+        if _caller_is_einops():  # keeps recipes by shape, unless shapes cannot be hashed
+            raise TypeError(f"unhashable type: {type(self).__name__!r}")
+        self.witness.compared(hash, (self,), None)
+        return hash(self.told)
+
+    @property
+    def told(self) -> Any:
+        """What C sees."""
+        return type(self.true)(super().__pos__())  # type: ignore[misc]
 
 
-def _pinning(name: str) -> Callable[..., Any]:
-    operation = getattr(int, name)
-
-    def pinning(self: Size, *others: Any) -> Any:
-        return self._pin(operation, *others)
-
-    return pinning
+class Size(_Sized, int):
+    """An integer that remembers where it comes from."""
 
 
-for _name in (
-    "__add__", "__radd__", "__sub__", "__rsub__", "__floordiv__", "__rfloordiv__", "__truediv__",
-    "__rtruediv__", "__mod__", "__rmod__", "__divmod__", "__rdivmod__", "__pow__", "__rpow__",
-    "__neg__", "__pos__", "__abs__", "__round__", "__ceil__", "__floor__", "__trunc__",
-    "__str__", "__format__", "__float__", "__int__", "__index__", "__bool__", "__eq__", "__ne__",
-    "__lt__", "__le__", "__gt__", "__ge__", "__lshift__", "__rshift__", "__and__", "__or__",
-    "__xor__",
-):  # fmt: skip
-    setattr(Size, _name, _pinning(_name))
+class Ratio(_Sized, float):
+    """A number computed from sizes that is no integer (``n ** 0.5``, ``h / 2``)."""
 
 
-@contextlib.contextmanager
-def reads_noted(model: nn.Module, note: Callable[[Place], None]) -> Iterator[None]:
-    """Note, for a while, which attributes are read of a model's modules: their sizes and settings.
+def true_value(value: Any) -> Any:
+    """Return a number without its origin."""
+    return value.true if isinstance(value, _Sized) else value
 
-    Tensors and submodules are no such attributes; neither is what begins with an underscore.
-    """
-    paths = {id(module): path for path, module in model.named_modules()}
 
-    def noted(module: nn.Module, name: str) -> Any:
-        value = object.__getattribute__(module, name)
-        path = paths.get(id(module))
-        held = not name.startswith("_") and name not in {"training", "forward"}
-        if path is not None and held and name in object.__getattribute__(module, "__dict__"):
-            note(Place(path, name))
-        return value
+def computed(operation: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
+    """Apply an operation to sizes and numbers; the result remembers its formula."""
+    result = operation(*map(true_value, operands))
+    witness = next(o.witness for o in operands if isinstance(o, _Sized))
+    if type(result) is int:
+        kind: type[_Sized] = Size
+    elif type(result) is float:
+        kind = Ratio
+    else:
+        return result
+    told = None
+    if any(isinstance(o, _Sized) and o.told != o.true for o in operands):
+        told = _lie(operation, operands)
+    return kind.of(result, Formula(operation, operands), witness, told=told)
 
-    nn.Module.__getattribute__ = noted  # type: ignore[method-assign, assignment]
+
+def _lie(operation: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
     try:
-        yield
-    finally:
-        del nn.Module.__getattribute__
+        return operation(*(o.told if isinstance(o, _Sized) else o for o in operands))
+    except (ArithmeticError, ValueError):
+        return None
 
 
-def track_sizes_(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> set[Place]:
-    """Let every integer that a module holds remember where it comes from, in place.
+def _caller_is_einops() -> bool:
+    frame = sys._getframe(2)
+    return frame.f_globals.get("__name__", "").startswith("einops.")
 
-    Modules that are read as one operator keep theirs: their rules know them.
 
-    Returns:
-        the places that get pinned, from now on.
+def _arithmetic(name: str, operation: Callable[..., Any], *, swapped: bool = False) -> Any:
+    plain = {int: getattr(int, name, None), float: getattr(float, name, None)}
+
+    def method(self: _Sized, *others: Any) -> Any:
+        if not all(type(o) in {int, float, bool} or isinstance(o, _Sized) for o in others):
+            kind = int if isinstance(self, int) else float
+            return plain[kind](self.true, *others)  # NotImplemented: the other side's turn
+        operands = (*others, self) if swapped else (self, *others)
+        return computed(operation, operands)
+
+    return method
+
+
+def _comparison(name: str, operation: Callable[..., Any]) -> Any:
+    def method(self: _Sized, other: Any) -> Any:
+        if not (type(other) in {int, float, bool} or isinstance(other, _Sized)):
+            return getattr(type(self.true), name)(self.true, other)
+        outcome = operation(self.true, true_value(other))
+        return self.witness.compared(operation, (self, other), outcome)
+
+    return method
+
+
+def _truth(self: _Sized) -> bool:
+    return bool(self.witness.compared(operator.ne, (self, 0), self.true != 0))
+
+
+def _rounding(operation: Callable[..., Any]) -> Any:
+    def method(self: _Sized, *digits: Any) -> Any:
+        return computed(operation, (self, *digits))
+
+    return method
+
+
+_ARITHMETIC: dict[str, Callable[..., Any]] = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "floordiv": operator.floordiv,
+    "truediv": operator.truediv, "mod": operator.mod, "pow": operator.pow,
+    "lshift": operator.lshift, "rshift": operator.rshift, "and": operator.and_,
+    "or": operator.or_, "xor": operator.xor,
+}  # fmt: skip
+_BITS = {"lshift", "rshift", "and", "or", "xor"}
+
+for _kind in (Size, Ratio):
+    for _name, _operation in _ARITHMETIC.items():
+        if _kind is Ratio and _name in _BITS:
+            continue
+        setattr(_kind, f"__{_name}__", _arithmetic(f"__{_name}__", _operation))
+        setattr(_kind, f"__r{_name}__", _arithmetic(f"__r{_name}__", _operation, swapped=True))
+    for _name in ("neg", "pos", "abs"):
+        setattr(
+            _kind, f"__{_name}__", _arithmetic(f"__{_name}__", getattr(operator, f"__{_name}__"))
+        )
+    for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+        setattr(_kind, f"__{_name}__", _comparison(f"__{_name}__", getattr(operator, _name)))
+    _kind.__bool__ = _truth  # type: ignore[attr-defined]
+    _kind.__hash__ = _Sized.__hash__  # type: ignore[method-assign]
+    for _name, _operation in {
+        "ceil": math.ceil, "floor": math.floor, "trunc": math.trunc, "round": round
+    }.items():  # fmt: skip
+        setattr(_kind, f"__{_name}__", _rounding(_operation))
+
+
+def _both(self: Any, other: Any) -> Any:
+    return self // other, self % other
+
+
+def _both_swapped(self: Any, other: Any) -> Any:
+    return other // self, other % self
+
+
+Size.__divmod__, Size.__rdivmod__ = _both, _both_swapped  # type: ignore[assignment, method-assign]
+
+
+class Shape(tuple[Any, ...]):
+    """What ``x.shape`` gives while a forward is recorded: a ``torch.Size`` of sizes with origins.
+
+    A true ``torch.Size`` would turn its entries into plain integers.
     """
-    pinned: set[Place] = set()
+
+    __slots__ = ()
+    __class__ = property(lambda _: torch.Size)  # type: ignore[assignment]
+
+    def numel(self) -> Any:
+        """Return the product of all sizes."""
+        return math.prod(self)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = tuple.__getitem__(self, index)
+        return Shape(found) if isinstance(index, slice) else found
+
+    def __add__(self, other: Any) -> Any:
+        return Shape((*self, *other)) if isinstance(other, tuple) else NotImplemented
+
+    def __radd__(self, other: Any) -> Any:
+        return Shape((*other, *self)) if isinstance(other, tuple) else NotImplemented
+
+    def __reduce__(self) -> Any:
+        return torch.Size, (tuple(map(true_value, self)),)
+
+
+def attribute_sizes(model: nn.Module, skipped: Callable[[nn.Module], bool]) -> Iterator[Place]:
+    """Iterate over the integers that modules hold in lists and tuples, and by themselves."""
     for path, module in model.named_modules():
-        for name, value in () if is_leaf(module) else list(vars(module).items()):
+        for name, value in () if skipped(module) else list(vars(module).items()):
             if type(value) is int:
-                vars(module)[name] = Size.of(value, (Place(path, name),), 1, pinned)
+                yield Place(path, name)
             elif type(value) in {list, tuple} and all(type(size) is int for size in value):
-                sizes = (
-                    Size.of(size, (Place(path, name, index),), 1, pinned)
-                    for index, size in enumerate(value)
-                )
-                vars(module)[name] = type(value)(sizes)
-    return pinned
+                yield from (Place(path, name, index) for index in range(len(value)))
+
+
+def put_sizes_(model: nn.Module, sizes: Sequence[tuple[Place, Size]]) -> None:
+    """Let modules hold sizes that remember their place instead of plain integers, in place."""
+    for place, size in sizes:
+        held = vars(model.get_submodule(place.module))
+        if place.index is None:
+            held[place.name] = size
+        else:
+            value = list(held[place.name])
+            value[place.index] = size
+            held[place.name] = type(held[place.name])(value)

@@ -1,16 +1,18 @@
-"""What runs in place of some modules while a model is traced, and while its shapes are found."""
+"""What runs in place of some modules while a forward is recorded on fake tensors.
+
+Fake tensors take norms and recurrent layers apart into many operators, which would be most of the
+time of a reading; what is wanted of them are the shapes alone.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 TRANSFORMERS = (
     nn.Transformer,
@@ -24,44 +26,13 @@ TRANSFORMERS = (
 
 @contextlib.contextmanager
 def plain_transformers() -> Iterator[None]:
-    """Keep the transformers of ``torch.nn`` to the operators that they are made of, for a while.
-
-    What turns their masks into numbers looks at dtypes; it becomes one operator.
-    """
+    """Keep the transformers of ``torch.nn`` to the operators that they are made of, for a while."""
     before = torch.backends.mha.get_fastpath_enabled()
-    canonical = F._canonical_mask
     torch.backends.mha.set_fastpath_enabled(False)
-    F._canonical_mask = partial(_mask_as_operator, canonical)
     try:
         yield
     finally:
-        F._canonical_mask = canonical
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-def _mask_as_operator(canonical: Callable[..., Any], mask: Any, **options: Any) -> Any:
-    if not isinstance(mask, fx.Proxy):
-        return canonical(mask, **options)
-    return mask.tracer.create_proxy("call_function", canonical, (mask,), options)
-
-
-@contextlib.contextmanager
-def shapes_alone(model: nn.Module) -> Iterator[None]:
-    """Let norms and recurrent layers give tensors of the right shape, and no more, for a while.
-
-    Fake tensors take them apart into many operators, which is most of the time of a reading.
-    """
-    changed = []
-    for module in model.modules():
-        forward = _SHAPES.get(type(module))
-        if forward is not None and "forward" not in vars(module):  # as a user may have put there
-            module.forward = partial(forward, module)
-            changed.append(module)
-    try:
-        yield
-    finally:
-        for module in changed:
-            del module.forward
 
 
 def _normed(norm: nn.Module, *args: Tensor, **kwargs: Tensor) -> Any:
@@ -88,7 +59,7 @@ def _remembered(layer: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
     return output, ((hidden, cell) if isinstance(layer, nn.LSTM) else hidden)
 
 
-_SHAPES: Mapping[type[nn.Module], Callable[..., Any]] = {
+SHAPES: Mapping[type[nn.Module], Callable[..., Any]] = {
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d), _normed),
     **dict.fromkeys((nn.RNN, nn.GRU, nn.LSTM), _remembered),
 }

@@ -13,13 +13,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from torchcap.graph.layers import batch_norm, conv_mlp, convolution, linear
-from torchcap.graph.operators import addition, pointwise, unchanged
-from torchcap.graph.rules import RULES, find_rule
+from torchcap.graph.rules import Target, find_operator
 from torchcap.graph.trace import Traced
-from torchcap.graph.values import Channels, Opaque, Rule, Value
+from torchcap.graph.values import Channels, Opaque, Operator, Value
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,21 +36,32 @@ class Sight:
     value: Channels
 
 
-def find_sights(reading: Traced, values: Mapping[fx.Node, Value]) -> list[Sight]:
+def find_sights(
+    reading: Traced, values: Mapping[fx.Node, Value], operators: Mapping[Target, Operator]
+) -> list[Sight]:
     """Find the places to compare, in the order of the forward.
 
     Args:
         reading: the evaluation graph.
         values: the abstract value of each of its nodes.
+        operators: what is known of operators.
     """
-    return _Search(reading, values).sights()
+    return _Search(reading, values, operators).sights()
+
+
+_LAYERS = {"convolution", "linear", "layers"}
+_FOLLOWING = {"pointwise", "unchanged", "batch norm"}
 
 
 class _Search:
-    def __init__(self, reading: Traced, values: Mapping[fx.Node, Value]) -> None:
-        self.reading = reading
-        self.values = values
-        self.nodes = list(reading.module.graph.nodes)
+    def __init__(
+        self,
+        reading: Traced,
+        values: Mapping[fx.Node, Value],
+        operators: Mapping[Target, Operator],
+    ) -> None:
+        self.reading, self.values, self.operators = reading, values, operators
+        self.nodes = list(reading.graph.nodes)
         self.calls = self._call_indices()
 
     def sights(self) -> list[Sight]:
@@ -60,7 +69,7 @@ class _Search:
         reaching = self._upstream(set(residual))
         wanted: dict[fx.Node, str | None] = dict.fromkeys(residual)
         for node in self.nodes:
-            if self._rule(node) in {convolution, linear, conv_mlp} and node not in reaching:
+            if self._kind(node) in _LAYERS and node not in reaching:
                 source = node.args[0] if node.args else None
                 if isinstance(source, fx.Node) and isinstance(self.values[source], Channels):
                     wanted.setdefault(self._settled(node), str(node.target))
@@ -75,17 +84,13 @@ class _Search:
             found.update({sight.name: sight for sight in sights if sight is not None})
         return list(found.values())
 
-    def _rule(self, node: fx.Node) -> Rule | None:
-        return find_rule(node, self._module(node), RULES)
-
-    def _module(self, node: fx.Node) -> nn.Module | None:
-        if node.op != "call_module":
-            return None
-        return self.reading.module.get_submodule(str(node.target))
+    def _kind(self, node: fx.Node) -> str | None:
+        found = find_operator(node, self.reading.module(node), self.operators)
+        return None if found is None else found.kind
 
     def _joins(self, node: fx.Node) -> bool:
         """Whether a node adds two feature maps of one shape: the end of a residual block."""
-        if self._rule(node) is not addition or len(node.args) < 2:
+        if self._kind(node) not in {"sum", "difference"} or len(node.args) < 2:
             return False
         sides = [self.values.get(arg) for arg in node.args[:2] if isinstance(arg, fx.Node)]
         tensors = [side for side in sides if isinstance(side, Channels | Opaque)]
@@ -97,7 +102,7 @@ class _Search:
         """Follow a value through the norm and activation that alone read it."""
         while len(node.users) == 1:
             (user,) = node.users
-            if self._rule(user) not in {pointwise, unchanged, batch_norm}:
+            if self._kind(user) not in _FOLLOWING:
                 break
             node = user
         return node
@@ -126,7 +131,7 @@ class _Search:
 
     def _sum_of(self, node: fx.Node) -> fx.Node:
         """Follow a settled value back to the sum that it came from."""
-        while self._rule(node) in {pointwise, unchanged, batch_norm} and node.all_input_nodes:
+        while self._kind(node) in _FOLLOWING and node.all_input_nodes:
             node = node.all_input_nodes[0]
         return node
 

@@ -2,22 +2,25 @@
 
 A :class:`Channels` is a tensor whose channels are followed, a :class:`Heads` one whose channels are
 spread over several dimensions, an :class:`Opaque` any other tensor, an :class:`Extent` a size that
-follows channels; everything else is the plain Python value. A
-:class:`Call` is one operator with its abstract arguments, as a rule sees it.
+follows channels, a :class:`Setting` one that a module holds; everything else is the plain Python
+value. A :class:`Call` is one operator with its abstract arguments, as a rule sees it, and an
+:class:`Operator` is all that is known of one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from fractions import Fraction
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from torchcap.graph.channels import ChannelTable, Ids
+from torchcap.graph.channels import ChannelTable, Ids, Share
+from torchcap.graph.sizes import Place
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,19 +89,106 @@ class Heads:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Extent:
-    """An integer of the traced program that is the number of some followed channels.
+    """An integer of the forward that follows a number of channels.
+
+    It is ``len(ids) * times / parts``.
 
     Attributes:
         ids: the identities of the channels.
-        parts: what their number has been divided by.
+        parts: what their number is divided by.
+        times: what it is multiplied with.
     """
 
     ids: Ids
     parts: int = 1
+    times: int = 1
+
+    @property
+    def number(self) -> int:
+        """The integer, with the example inputs."""
+        return len(self.ids) * self.times // self.parts
+
+    def scaled(self, times: int, parts: int = 1) -> Extent:
+        """Return it multiplied with one integer and divided by another."""
+        share = Fraction(self.times * times, self.parts * parts)
+        return Extent(self.ids, share.denominator, share.numerator)
+
+    def joined(self, other: Extent) -> Extent:
+        """Return the sum with another one that is a plain number of channels too."""
+        return Extent(np.concatenate([self.ids.ravel(), other.ids.ravel()]))
+
+    @property
+    def share(self) -> Share:
+        """The channels, and what their number is multiplied with."""
+        return self.ids.ravel(), Fraction(self.times, self.parts)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Root:
+    """The root of a size that follows channels, or one by it: what attention divides scores by.
+
+    Attributes:
+        extent: the size.
+        power: 0.5 or -0.5.
+    """
+
+    extent: Extent
+    power: float
+
+
+class Setting(int):
+    """An integer that the forward has from attributes of modules (``self.head_dim``).
+
+    Attributes:
+        places: of the attributes that it is the product of.
+        times: its other factor, a constant.
+    """
+
+    places: tuple[Place, ...]
+    times: int
+
+    @classmethod
+    def of(cls, value: int, places: tuple[Place, ...], times: int = 1) -> Setting:
+        """Make one."""
+        setting = cls(value)
+        setting.places, setting.times = places, times
+        return setting
 
 
 Value = Any
 Rule = Callable[["Call"], Value]
+Kind = Literal[
+    "convolution", "transposed convolution", "linear", "layers", "batch norm", "norm", "pointwise",
+    "unchanged", "sum", "difference", "product", "move", "chunk", "split", "other",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """What is known of one operator: the one record that everybody asks.
+
+    Attributes:
+        channels: the rule for tensors whose channels are followed along one dimension, or not.
+        heads: the rule where channels of an argument are spread over several dimensions, as
+            attention has them; None where nothing is known of that, so that the channels stay.
+        kind: what sort of operator it is. Features are compared behind a ``"sum"``, once it has
+            passed what is ``"pointwise"`` or ``"unchanged"``; a ``"batch norm"`` folds into a
+            ``"convolution"`` or a ``"linear"`` layer before it; a ``"move"`` leaves all entries as
+            they are.
+        knows: what the rules expect among the arguments besides tensors and plain numbers:
+            :class:`Extent`, :class:`Setting` or :class:`Held`. Where it finds another of these,
+            the reading gives up in place of the rule.
+    """
+
+    channels: Rule
+    heads: Rule | None = None
+    kind: Kind = "other"
+    knows: frozenset[type] = frozenset()
+
+
+def as_operator(rule: Operator | Rule) -> Operator:
+    """Return the record of a rule that a user gives by itself."""
+    return rule if isinstance(rule, Operator) else Operator(rule)
 
 
 def flat(value: Value) -> Iterator[Value]:
@@ -113,6 +203,13 @@ def flat(value: Value) -> Iterator[Value]:
         yield from (value.start, value.stop, value.step)
     else:
         yield value
+
+
+def followed_ids(value: Value) -> Ids | None:
+    """Return the channels that a value holds or counts; None if it does not follow any."""
+    if isinstance(value, Channels | Heads | Extent):
+        return value.ids
+    return value.extent.ids if isinstance(value, Root) else None
 
 
 def opaque(result: Any) -> Value:
@@ -136,7 +233,9 @@ class Call:
         result: the concrete result on the example inputs (fake tensors).
         module, path: the module that is called and its qualified name, for a module call.
         table: where channels are joined, fixed and restricted.
-        rule_of: finds the rule of a module, for layers that hold others inside.
+        operator_of: finds the operator of a module, for layers that hold others inside.
+        kind_of: tells the kind of the operator at another node.
+        module_of: finds the module that another node calls.
         folds: qualified names of the normalisations that will be folded into the layer before.
         streams: whether channels that are joined by a skip addition may be dropped.
         values: what is known of the nodes before this one.
@@ -149,7 +248,9 @@ class Call:
     module: nn.Module | None
     path: str
     table: ChannelTable
-    rule_of: Callable[[nn.Module], Rule | None]
+    operator_of: Callable[[nn.Module], Operator | None]
+    kind_of: Callable[[fx.Node], Kind | None]
+    module_of: Callable[[fx.Node], nn.Module | None]
     folds: Container[str] = ()
     streams: bool = False
     values: Mapping[fx.Node, Value] = field(default_factory=dict)
@@ -197,7 +298,7 @@ class Call:
         if np.array_equal(left, right) or not self._is_skip():
             return
         restrict = self.table.select if self.streams else self.table.fix
-        restrict(left, f"residual stream: joined at {self.node.name!r}")
+        restrict(left, self.at("residual stream: joined"))
 
     def _is_skip(self) -> bool:
         nodes = self.node.all_input_nodes
@@ -231,13 +332,38 @@ class Call:
         """Return the result as a tensor with the channels of ``x``."""
         return Channels(self.shape, x.dim if dim is None else dim, x.ids)
 
+    @property
+    def where(self) -> str:
+        """Where the operator stands in the user's code; its name in the graph if that is unknown."""
+        place = self.node.meta.get("where")
+        return repr(self.node.name) if place is None else str(place)
+
+    def at(self, reason: str) -> str:
+        """Return a reason, with the place."""
+        return f"{reason}, at {self.where}"
+
+    def select(self, ids: Ids, reason: str) -> None:
+        """Note that channels are told apart here, so that they may be dropped but not mixed."""
+        self.table.select(ids, self.at(reason))
+
+    def fix(self, ids: Ids, reason: str) -> None:
+        """Note that channels must stay as they are because of what happens here."""
+        self.table.fix(ids, self.at(reason))
+
+    def agree(self, left: Extent, right: Extent) -> None:
+        """Note that two sizes must stay equal."""
+        reason = self.at("its number of channels must stay equal to another one")
+        self.table.agree(left.share, right.share, reason)
+
     def give_up(self, reason: str) -> Value:
         """Fix every channel that enters this operator or its module; return an opaque result."""
+        reason = self.at(reason)
         if self.module is not None:
             self.table.abandoned.setdefault(self.path, reason)
         for value in flat((self.args, self.kwargs)):
-            if isinstance(value, Channels | Heads | Extent):
-                self.table.fix(value.ids, reason)
+            ids = followed_ids(value)
+            if ids is not None:
+                self.table.fix(ids, reason)
         return opaque(self.result)
 
     def inside(self, name: str, x: Value, shape: tuple[int, ...]) -> Value:
@@ -252,8 +378,10 @@ class Call:
         result = torch.empty(shape, device="meta")
         path = f"{self.path}.{name}"
         call = replace(self, args=(x,), kwargs={}, result=result, module=module, path=path)
-        rule = self.rule_of(module)
-        return call.give_up(f"no rule for {call.label}") if rule is None else rule(call)
+        operator = self.operator_of(module)
+        if operator is None:
+            return call.give_up(f"no rule for {call.label}")
+        return operator.channels(call)
 
     def has(self, name: str) -> bool:
         """Whether the module has a tensor of this name."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
@@ -18,9 +18,8 @@ from torch.utils.benchmark import Timer
 from torchcap.errors import ModelError, PlanError
 from torchcap.graph.analyze import Reader
 from torchcap.graph.inputs import ExampleInputs, Inputs, as_inputs, default_inputs
-from torchcap.graph.rules import Target
+from torchcap.graph.rules import Rules
 from torchcap.graph.spaces import SpaceGraph
-from torchcap.graph.values import Rule
 from torchcap.graph.weights import layer_input, output_axis
 from torchcap.plan.cost import cost
 from torchcap.plan.latency import EVEN, LatencyTable, LayerTimes, predict_latency
@@ -32,7 +31,7 @@ from torchcap.transform.fold import fold_
 from torchcap.transform.materialize import materialize
 from torchcap.transform.prepare import project_
 from torchcap.transform.start import bases_for
-from torchcap.transform.student import HOOKS
+from torchcap.graph.copies import HOOKS
 
 WIDTHS: Final = (0.1, 0.25, 0.5, 0.75, 1.0)
 """Shares of the channels at which layers are timed."""
@@ -75,7 +74,7 @@ def measure_latency(
     seconds: float = 0.05,
     on_progress: OnProgress | None = None,
     leaves: Sequence[type[nn.Module]] = (),
-    rules: Mapping[Target, Rule] | None = None,
+    rules: Rules | None = None,
     streams: bool = False,
 ) -> LatencyTable:
     """Time the layers of a model at several widths, on the device where it is.

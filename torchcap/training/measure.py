@@ -25,10 +25,9 @@ from torchcap.digest import digest
 from torchcap.errors import DataError, PlanError, StateError
 from torchcap.graph.analyze import Reader
 from torchcap.graph.inputs import ExampleInputs
-from torchcap.graph.rules import Target
+from torchcap.graph.rules import Rules
 from torchcap.graph.spaces import Port, SpaceGraph, Tap
-from torchcap.graph.trace import shadow
-from torchcap.graph.values import Rule
+from torchcap.graph.copies import shadow
 from torchcap.plan.cost import cost
 from torchcap.plan.plan import Choice, Plan
 from torchcap.plan.sensitivity import Curve, Metric, Sensitivity
@@ -41,7 +40,7 @@ from torchcap.projection.initialize import (
 )
 from torchcap.training.fit import cross_entropy
 from torchcap.training.progress import OnProgress, Progress
-from torchcap.training.replay import tensors_in
+from torchcap.nests import tensors_in
 from torchcap.training.state import write_text
 from torchcap.training.taps import Probe, TeacherPass, expansion
 from torchcap.transform.balance import balance_
@@ -72,7 +71,7 @@ def sensitivity(  # noqa: PLR0913 - an argument for each thing that may be said
     cache: Path | str | None = None,
     on_progress: OnProgress | None = None,
     leaves: Sequence[type[nn.Module]] = (),
-    rules: Mapping[Target, Rule] | None = None,
+    rules: Rules | None = None,
     streams: bool = False,
 ) -> Sensitivity:
     """Measure what each space of a model loses when it alone keeps a share of its channels.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,8 @@ from torchcap import processes
 from torchcap.batches import Batches, Source, as_source
 from torchcap.errors import ModelError
 from torchcap.graph.analyze import Reader
-from torchcap.graph.rules import Target
+from torchcap.graph.rules import Rules
 from torchcap.graph.spaces import SpaceGraph, Tap
-from torchcap.graph.values import Rule
 from torchcap.projection.moments import JointMoments
 from torchcap.training.fit import fit
 from torchcap.training.norms import (
@@ -43,7 +42,7 @@ def relax(
     *,
     seed: int = 0,
     leaves: Sequence[type[nn.Module]] = (),
-    rules: Mapping[Target, Rule] | None = None,
+    rules: Rules | None = None,
     on_progress: OnProgress | None = None,
     **changes: Any,
 ) -> None:
@@ -88,7 +87,7 @@ def fine_tune(
     *,
     seed: int = 0,
     leaves: Sequence[type[nn.Module]] = (),
-    rules: Mapping[Target, Rule] | None = None,
+    rules: Rules | None = None,
     on_progress: OnProgress | None = None,
     **changes: Any,
 ) -> None:

@@ -10,7 +10,7 @@ again from their beginning.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,15 +19,15 @@ from torch import Tensor, fx, nn
 
 from torchcap.batches import Batch, Source
 from torchcap.errors import TraceError
-from torchcap.graph.analyze import Reader
-from torchcap.graph.inputs import Inputs, placeholder_values
-from torchcap.graph.operators import unchanged
-from torchcap.graph.rules import RULES, Target, find_rule
+from torchcap.graph.analyze import Reader, known_operators
+from torchcap.graph.calls import written_by
+from torchcap.graph.inputs import Inputs, flattened
+from torchcap.graph.rules import find_operator
 from torchcap.graph.trace import GraphRunner, Traced
-from torchcap.graph.values import Rule
+from torchcap.nests import tensors_in
 
 Values = dict[fx.Node, Any]
-_SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_VIEWS = {"move", "unchanged", "chunk", "split"}
 
 
 @dataclass(slots=True)
@@ -35,20 +35,19 @@ class _Walker:
     """One graph, and the order in which its nodes have run so far."""
 
     model: nn.Module
-    module: fx.GraphModule
+    traced: Traced
     order: list[int] = field(default_factory=list)
     interpreter: GraphRunner = field(init=False)
     nodes: list[fx.Node] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.nodes = list(self.module.graph.nodes)
-        self.interpreter = GraphRunner(self.module, garbage_collect_values=False)
+        self.nodes = list(self.traced.graph.nodes)
+        self.interpreter = GraphRunner(self.model, self.traced)
 
     def run(self, values: Values, start: int, batch: Batch) -> None:
         """Run the nodes of the order from one of its places on."""
         if start == 0:
-            given = placeholder_values(self.model, Inputs(batch.args, batch.kwargs))
-            self.interpreter.args_iter = iter(self.module.graph.process_inputs(*given))
+            self.interpreter.args_iter = iter(flattened(self.model, Inputs(batch.args, batch.kwargs)))
         self.interpreter.env = values
         done = {self.nodes[index] for index in self.order[:start]}
         for index in self.order[start:]:
@@ -123,14 +122,14 @@ class Replay:
         reader: Reader,
     ) -> None:
         self.source, self.memory = source, memory
-        self.rules: Mapping[Target, Rule] = {**RULES, **(reader.rules or {})}
+        self.operators = known_operators(reader.rules)
         first = source.first()
         walkers = []
         for model in (teacher, student):
             expected = evaluated(model, first)
             reading = reader.trace(model, first.inputs)
             _check_replay(model, reading, first, expected)
-            walkers.append(_Walker(model, reading.module))
+            walkers.append(_Walker(model, reading))
         self.teacher, self.student = walkers
         ours, theirs = ([(n.op, str(n.target)) for n in w.nodes] for w in walkers)
         if ours != theirs:
@@ -239,15 +238,12 @@ class Replay:
         node = nodes[index]
         while len(node.users) == 1:
             (user,) = node.users
-            module = (
-                self.student.module.get_submodule(str(user.target))
-                if (user.op == "call_module")
-                else None
-            )
-            if find_rule(user, module, self.rules) is unchanged:
+            known = find_operator(user, self.student.traced.module(user), self.operators)
+            kind = None if known is None else known.kind
+            if kind == "unchanged":
                 node = user
                 continue
-            if user.target in _SUMS and len(user.args) == 2 and not user.kwargs:
+            if kind == "sum" and len(user.args) == 2 and not user.kwargs:
                 other = user.args[1] if user.args[0] is node else user.args[0]
                 if isinstance(other, fx.Node) and other is not node and self._adds(user, other):
                     end = number[user]
@@ -263,14 +259,34 @@ class Replay:
         return len(shapes) == 1 and None not in shapes
 
     def _dependants(self, index: int, last: int) -> set[int]:
-        nodes = self.student.nodes
+        """Return the nodes, up to a last one, that can run only after another one.
+
+        What writes into a tensor runs after those that read it before, so it waits for them too.
+        """
+        nodes, traced = self.student.nodes, self.student.traced
         found = {nodes[index]}
         behind = {index}
         for i in range(index + 1, last + 1):
-            if any(source in found for source in nodes[i].all_input_nodes):
+            writes = written_by(nodes[i], traced.module(nodes[i]))
+            waits = any(source in found for source in nodes[i].all_input_nodes)
+            if waits or (writes is not None and any(self._shares(n, writes) for n in found)):
                 found.add(nodes[i])
                 behind.add(i)
         return behind
+
+    def _shares(self, node: fx.Node, written: fx.Node) -> bool:
+        """Whether a node reads what another one is written to, or a view of it."""
+        roots = {self._root(source) for source in node.all_input_nodes}
+        return self._root(written) in roots
+
+    def _root(self, node: fx.Node) -> fx.Node:
+        while node.all_input_nodes:
+            known = find_operator(node, self.student.traced.module(node), self.operators)
+            writes = written_by(node, self.student.traced.module(node))
+            if writes is None and (known is None or known.kind not in _VIEWS):
+                break
+            node = node.all_input_nodes[0] if writes is None else writes
+        return node
 
     def _path(self, station: Station) -> list[int]:
         """Return the nodes that the teacher runs to get from the call to its target."""
@@ -304,8 +320,8 @@ def _check_replay(
     model: nn.Module, reading: Traced, batch: Batch, expected: Sequence[Tensor]
 ) -> None:
     """Raise a TraceError if the graph computes something else than the model."""
-    given = placeholder_values(model, Inputs(batch.args, batch.kwargs))
-    found = list(tensors_in([reading.module(*given)]))
+    given = flattened(model, Inputs(batch.args, batch.kwargs))
+    found = list(tensors_in(GraphRunner(model, reading).run(*given)))
     same = len(found) == len(expected) and all(
         f.shape == e.shape and torch.allclose(f, e, rtol=1e-3, atol=1e-4 * float(e.abs().max()))
         for f, e in zip(found, expected, strict=True)
@@ -321,18 +337,6 @@ def _check_replay(
 def _shape(node: fx.Node) -> tuple[int, ...] | None:
     value = node.meta.get("val")
     return tuple(value.shape) if isinstance(value, Tensor) else None
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Iterate over the tensors in nested lists, tuples and mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
 
 
 def _only_reads(call: fx.Node) -> bool:

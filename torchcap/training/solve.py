@@ -25,9 +25,8 @@ from torch.nn.utils import parametrize
 from torchcap import processes
 from torchcap.batches import Batches, Source, as_source, mixed_seed
 from torchcap.graph.analyze import Reader
-from torchcap.graph.rules import RULES, STANDARDIZED, Target, find_module_rule
+from torchcap.graph.rules import OPERATORS, STANDARDIZED, Rules, find_module_operator
 from torchcap.graph.spaces import ChannelSpace, SpaceGraph
-from torchcap.graph.values import Rule
 from torchcap.graph.weights import output_axis
 from torchcap.plan.plan import Plan
 from torchcap.projection.initialize import (
@@ -108,7 +107,7 @@ def solve(
     *,
     seed: int = 0,
     leaves: Sequence[type[nn.Module]] = (),
-    rules: Mapping[Target, Rule] | None = None,
+    rules: Rules | None = None,
     on_progress: OnProgress | None = None,
     **changes: Any,
 ) -> Solution:
@@ -570,7 +569,7 @@ def _plain_layer(model: nn.Module, name: str) -> _Layer | None:
     if not isinstance(layer, _Layer) or (isinstance(layer, _Transposed) and layer.groups > 1):
         return None
     # A subclass may do something else, and a standardised weight is not the one that is stored.
-    known = find_module_rule(layer, RULES) is not None and not isinstance(layer, STANDARDIZED)
+    known = find_module_operator(layer, OPERATORS) is not None and not isinstance(layer, STANDARDIZED)
     own = not parametrize.is_parametrized(layer) and isinstance(layer.weight, nn.Parameter)
     return layer if known and own else None
 

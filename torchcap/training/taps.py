@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from torchcap import processes
 from torchcap.errors import StudentError
 from torchcap.graph.spaces import Tap
-from torchcap.graph.trace import shadow
+from torchcap.graph.copies import shadow
 from torchcap.projection.maps import Projection
 from torchcap.projection.parametrizations import Segment, lift_segments
 from torchcap.transform.student import Attachment, Student

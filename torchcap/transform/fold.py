@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchcap.graph.rules import STANDARDIZED
 from torchcap.graph.spaces import Fold
 from torchcap.graph.weights import output_axis
-from torchcap.transform.student import HOOKS
+from torchcap.graph.copies import HOOKS
 
 
 @torch.no_grad()

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from torchcap.graph.copies import HOOKS
 from torchcap.projection.maps import shared_bases
 from torchcap.projection.parametrizations import ProjectAxis
-from torchcap.transform.student import HOOKS, Student, attachments, student_of, unwrapped
+from torchcap.transform.student import Student, attachments, student_of, unwrapped
 
 M = TypeVar("M", bound=nn.Module)
 

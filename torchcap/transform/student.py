@@ -18,16 +18,6 @@ from torchcap.graph.spaces import Fold, SpaceGraph
 from torchcap.plan.plan import Plan
 from torchcap.projection.maps import Projection, release_bases, share_bases
 
-HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks_with_kwargs",
-)
-"""Where a module keeps its forward hooks, and what it knows about them."""
-
-
 class Attachment:
     """Base of whatever torchcap hangs on a model as a hook, so that it can be found and removed."""
 

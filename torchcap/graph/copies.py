@@ -1,0 +1,267 @@
+"""Copies of models that share nothing with the original but what they are told to share.
+
+``copy.deepcopy`` copies what a module holds, and hands functions on as they are: a hook that writes
+into a dictionary beside it (``def hook(m, i, o): features["a"] = o``) would write into the user's
+own one from the copy too, and a forward that was replaced by a function around the old one would
+run the old module. Here functions are copied with what they enclose.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import random
+import types
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from torchcap.errors import ModelError
+
+M = TypeVar("M", bound=nn.Module)
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+)
+"""Where a module keeps its forward hooks, and what it knows about them."""
+
+
+def copied(model: M, memo: dict[int, Any] | None = None) -> M:
+    """Return a deep copy of a model, with copies of what its hooks and patched methods enclose.
+
+    Args:
+        model: any module; it is not changed.
+        memo: what stands in for which object (by its id), as for ``copy.deepcopy``.
+
+    Raises:
+        ModelError: if the model cannot be copied.
+    """
+    memo = {} if memo is None else memo
+    for label, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ModelError(
+                f"{label!r} has no shape yet (a lazy module); run the model once on example inputs"
+            )
+    try:
+        twin = copy.deepcopy(model, memo)
+    except Exception as error:  # whatever a user's class cannot copy
+        raise ModelError(
+            f"{type(model).__name__!r} cannot be copied ({type(error).__name__}: {error}); "
+            "copy.deepcopy(model) has to work: replace torch.nn.utils.weight_norm by "
+            "torch.nn.utils.parametrizations.weight_norm, for one"
+        ) from error
+    _copy_functions_(model, memo)
+    return twin
+
+
+def shadow(model: M, stand_in: Callable[[Tensor], Tensor] | None = None) -> M:
+    """Copy a model's structure; the copy's tensors share the memory of the original's.
+
+    Args:
+        model: any module.
+        stand_in: makes what stands in the place of each parameter and buffer.
+
+    Raises:
+        ModelError: if the model cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        if not isinstance(parameter, UninitializedParameter):
+            plain = nn.Parameter(parameter.detach(), requires_grad=False)
+            memo[id(parameter)] = plain if stand_in is None else stand_in(plain)
+    for buffer in model.buffers():
+        plain_buffer = buffer.detach()
+        memo[id(buffer)] = plain_buffer if stand_in is None else stand_in(plain_buffer)
+    return copied(model, memo)
+
+
+def set_mode(model: nn.Module, *, training: bool) -> None:
+    """Set the mode flags, without calling a ``train()`` that a user has overridden."""
+    for module in model.modules():
+        module.training = training
+
+
+# --------------------------------------------------------------------------------------------------
+# Functions and what they enclose
+
+
+def _copy_functions_(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Give every module of a copy its own functions, where the original has functions in place."""
+    for module in model.modules():
+        twin = memo.get(id(module))
+        if not isinstance(twin, nn.Module) or twin is module:
+            continue
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
+            hooks: OrderedDict[int, Any] = getattr(module, name)
+            for key, hook in hooks.items():
+                if key in getattr(twin, name):
+                    getattr(twin, name)[key] = _copied_function(hook, memo)
+        for name, value in vars(module).items():
+            if isinstance(value, types.FunctionType | types.MethodType | partial):
+                twin.__dict__[name] = _copied_function(value, memo)
+
+
+def _copied_function(function: Any, memo: dict[int, Any]) -> Any:
+    """Return a function whose cells hold copies; what needs none is returned itself."""
+    if isinstance(function, types.MethodType):
+        owner = _copied_value(function.__self__, memo)
+        return types.MethodType(_copied_function(function.__func__, memo), owner)
+    if isinstance(function, partial):
+        args = tuple(_copied_value(value, memo) for value in function.args)
+        named = {name: _copied_value(value, memo) for name, value in function.keywords.items()}
+        return partial(_copied_function(function.func, memo), *args, **named)
+    if not isinstance(function, types.FunctionType):
+        return _copied_value(function, memo)
+    if id(function) in memo:
+        return memo[id(function)]
+    if not function.__closure__ and not function.__defaults__ and not function.__kwdefaults__:
+        return function
+    cells = tuple(types.CellType() for _ in function.__closure__ or ())
+    twin = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, None, cells
+    )
+    memo[id(function)] = twin
+    twin.__dict__.update(function.__dict__)
+    twin.__qualname__, twin.__doc__ = function.__qualname__, function.__doc__
+    twin.__module__ = function.__module__
+    if function.__defaults__ is not None:
+        twin.__defaults__ = tuple(_copied_value(v, memo) for v in function.__defaults__)
+    if function.__kwdefaults__ is not None:
+        named = function.__kwdefaults__
+        twin.__kwdefaults__ = {n: _copied_value(v, memo) for n, v in named.items()}
+    for cell, old in zip(cells, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # a cell that is empty
+            cell.cell_contents = _copied_value(old.cell_contents, memo)
+    return twin
+
+
+def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
+    """Return a copy of what a function encloses; what cannot be copied is handed on."""
+    if isinstance(value, types.FunctionType | types.MethodType | partial):
+        return _copied_function(value, memo)
+    if isinstance(value, type | types.ModuleType):
+        return value
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # a file, a lock, a generator: it is the user's own in the copy too
+        return value
+
+
+# --------------------------------------------------------------------------------------------------
+# What a forward may leave behind outside of its model
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Put back, after a forward of a copy, what user code may have changed outside of the copy.
+
+    These are the states of random number generators, torch's global settings, and the containers
+    that functions of the model name in their module (``features = {}`` beside a hook). Restoring
+    needs no copy of the tensors.
+    """
+    python, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002 - what users seed
+    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
+    kept = [(container, copy.copy(container)) for container in _named_containers(model)]
+    cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = list(range(torch.cuda.device_count())) if cuda else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numbers)  # noqa: NPY002
+            if torch.get_default_dtype() != dtype:
+                torch.set_default_dtype(dtype)
+            torch.set_grad_enabled(grad)
+            for container, before in kept:
+                _restore_(container, before)
+
+
+def _named_containers(model: nn.Module) -> list[Any]:
+    """Return the containers of modules' global names that functions of a model mention."""
+    named: list[Any] = []
+    for module in model.modules():
+        named += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        named += [v for v in vars(module).values() if callable(v) and not isinstance(v, type)]
+    for kind in {type(module) for module in model.modules()}:
+        named += _methods(kind)
+    functions = {inner for value in named if (inner := _function_of(value)) is not None}
+    found: dict[int, Any] = {}
+    for function in functions:
+        for code in _codes(function.__code__):
+            for name in code.co_names:
+                value = function.__globals__.get(name)
+                if isinstance(value, dict | list | set | deque):
+                    found[id(value)] = value
+    return list(found.values())
+
+
+def _methods(kind: type) -> list[Any]:
+    """Return the methods that a user's class defines; torch's own keep nothing."""
+    return [
+        value
+        for base in kind.__mro__
+        if not base.__module__.startswith(("torch.", "builtins"))
+        for value in vars(base).values()
+        if isinstance(value, types.FunctionType)
+    ]
+
+
+def _function_of(value: Any) -> types.FunctionType | None:
+    while isinstance(value, types.MethodType | partial):
+        value = value.__func__ if isinstance(value, types.MethodType) else value.func
+    if not isinstance(value, types.FunctionType) and not isinstance(value, nn.Module):
+        value = getattr(type(value), "__call__", None)
+    return value if isinstance(value, types.FunctionType) else None
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _restore_(container: Any, before: Any) -> None:
+    """Put a container's entries back, in place, if they are others now."""
+    same = len(container) == len(before) and all(
+        a is b for a, b in zip(_entries(container), _entries(before), strict=True)
+    )
+    if same:
+        return
+    container.clear()
+    if isinstance(container, dict | set):
+        container.update(before)
+    else:
+        container.extend(before)
+
+
+def _entries(container: Any) -> list[Any]:
+    if isinstance(container, Mapping):
+        return [part for entry in container.items() for part in entry]
+    return list(container)
+
+
+def forget_(tensors: list[Tensor]) -> None:
+    """Drop tensors out of caches of functions (``functools.lru_cache``) that hold on to them."""
+    for tensor in tensors:
+        for holder in gc.get_referrers(tensor):
+            clear = getattr(holder, "cache_clear", None)
+            if callable(clear):
+                clear()
+                continue
+            for outer in gc.get_referrers(holder) if isinstance(holder, tuple) else ():
+                clear = getattr(outer, "cache_clear", None)
+                if callable(clear):
+                    clear()

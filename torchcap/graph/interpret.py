@@ -1,0 +1,428 @@
+"""Interpretation: operator rules walk over a model's graphs and collect its channel spaces."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor, fx, nn
+
+from torchcap.graph.channels import ChannelTable, Ids
+from torchcap.graph.escapes import Silent
+from torchcap.graph.findings import (
+    counted,
+    dot_products_of,
+    scaled_rows,
+    spaces_of,
+    taps_of,
+)
+from torchcap.graph.folds import find_folds
+from torchcap.graph.numbers import arithmetic, pin_settings
+from torchcap.graph.rules import COUNTED, LAYERS, Target, find_module_operator, find_operator
+from torchcap.graph.sizes import Place
+from torchcap.graph.spaces import HeldSize, LayerCall, SpaceGraph
+from torchcap.graph.taps import find_sights
+from torchcap.graph.trace import Traced, Tracing, holds
+from torchcap.graph.values import (
+    Call,
+    Channels,
+    Extent,
+    Heads,
+    Held,
+    Kind,
+    Opaque,
+    Operator,
+    Root,
+    Rule,
+    Setting,
+    Value,
+    flat,
+    followed_ids,
+    opaque,
+)
+from torchcap.graph.weights import layer_calls, output_axis
+from torchcap.nests import step_into, tensors_in
+
+
+class Interpretation:
+    """The work of one ``analyze()``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tracing: Tracing,
+        operators: Mapping[Target, Operator],
+        *,
+        streams: bool,
+        hidden: Collection[Silent] = (),
+    ) -> None:
+        self.model = model
+        self.tracing = tracing
+        self.readings = tracing.graphs
+        self.operators = operators
+        self.streams = streams
+        self.hidden = hidden
+        self.table = ChannelTable()
+        self.shared = self._shared_modules()
+        self.read_outside = self._modules_read_outside()
+        self.direct: set[tuple[str, str, int]] = set()
+        self.astray: set[tuple[str, str]] = set()
+        self.folds = find_folds(
+            self.readings, {*self.shared, *self.read_outside}, operators
+        )
+        self.folded = {fold.norm for fold in self.folds if fold.norm is not None}
+        self.notes: Counter[str] = Counter()
+        self.values: dict[fx.Node, Value] = {}
+        self.bound: list[tuple[Place, Ids]] = []
+
+    def graph(self) -> SpaceGraph:
+        for reading in self.readings:
+            for node in reading.graph.nodes:
+                self.values[node] = self._visit(reading, node)
+            self._fix_kept(reading)
+        self._list_all_layers()
+        self._fix_hidden()
+        self._fix_entangled()
+        self._fix_auxiliary_layers()
+        bound, scalings = self._bound_sizes(), self.table.scalings()
+        self._fix_widths_looked_at(bound)
+        self.bound = list(bound.items())
+        sights = [
+            sight
+            for reading in self.tracing.evaluations
+            for sight in find_sights(reading, self.values, self.operators)
+        ]
+        # Of all heads one tells how many channels each of them has.
+        heads = [rows[0] for rows in (*bound.values(), *(scaling.ids for scaling in scalings))]
+        resolved = self.table.resolve([*(sight.value.ids for sight in sights), *heads])
+        layouts, head_layouts = resolved.layouts[: len(sights)], resolved.layouts[len(sights) :]
+        spaces, names = spaces_of(self.table, resolved)
+        counts = [
+            counted(len(ids), layout, names)
+            for ids, layout in zip(heads, head_layouts, strict=True)
+        ]
+        sizes = [HeldSize(place, count) for place, count in zip(bound, counts, strict=False)]
+        scaled = [
+            scaled_rows(self.table, scaling, count)
+            for scaling, count in zip(scalings, counts[len(bound) :], strict=True)
+        ]
+        return SpaceGraph(
+            model=type(self.model).__name__,
+            spaces=spaces,
+            tensors={name: tuple(p.shape) for name, p in self.model.named_parameters()},
+            calls=tuple(self._calls()),
+            folds=self.folds,
+            taps=tuple(taps_of(sights, layouts, names, spaces)),
+            notes=tuple(self._all_notes()),
+            products=tuple(dot_products_of(self.table, resolved, names)),
+            sizes=tuple(sizes),
+            scaled=tuple(scaled),
+            read=frozenset(self.tracing.reads),
+        )
+
+    def _all_notes(self) -> Iterator[str]:
+        for path, why in self.tracing.unread.items():
+            name = f"the forward of {path!r}" if path else f"the forward of {self.kind}"
+            yield f"{name} is read in pieces: {why}"
+        for name, count in self.notes.items():
+            yield f"no rule for {name} ({count} {'uses' if count > 1 else 'use'})"
+
+    @property
+    def kind(self) -> str:
+        return type(self.model).__name__
+
+    # ----------------------------------------------------------------------------------------------
+    # Walking the graph
+
+    def _visit(self, reading: Traced, node: fx.Node) -> Value:
+        if node.op == "placeholder":
+            return opaque(node.meta.get("val"))
+        if node.op == "get_attr":
+            return self._attribute(node)
+        if node.op == "output":
+            return self._fix_outputs(reading, node)
+        if "place" in node.meta:  # an entry of a list of sizes
+            return Setting.of(node.meta["val"], (node.meta["place"],))
+        return self._apply(reading, node)
+
+    def _fix_outputs(self, reading: Traced, node: fx.Node) -> None:
+        reason = "output of the model"
+        if reading.piece:
+            reason = f"leaves {reading.piece!r}, and where to is not read ({self._around(reading)})"
+        for value in flat(_mapped(node.args, self.values)):
+            self._fix(value, reason)
+
+    def _around(self, reading: Traced) -> str:
+        """Return why what stands around a piece is not read."""
+        outer = [path for path in reading.unread if holds(path, reading.piece)]
+        path = max(outer, key=len)
+        return f"{path or self.kind!r}: {reading.unread[path]}"
+
+    def _fix_kept(self, reading: Traced) -> None:
+        for node, reason in reading.kept.items():
+            for value in flat(self.values[node]):
+                self._fix(value, reason)
+
+    def _fix(self, value: Value, reason: str) -> None:
+        ids = followed_ids(value)
+        if ids is not None:
+            self.table.fix(ids, reason)
+        if isinstance(value, Held):
+            self.astray.add((value.module, value.name))
+
+    def _apply(self, reading: Traced, node: fx.Node) -> Value:
+        call = self._call(reading, node)
+        values = list(flat((call.args, call.kwargs)))
+        if not any(isinstance(v, Opaque | Channels | Heads) for v in values):
+            if call.module is None and not any(True for _ in tensors_in(call.result)):
+                return arithmetic(call)
+        operator = find_operator(node, call.module, self.operators)
+        knows = frozenset() if operator is None else operator.knows
+        if Setting not in knows:
+            pin_settings(call)
+        if Held not in knows:
+            self.astray |= {(v.module, v.name) for v in values if isinstance(v, Held)}
+        if operator is None:
+            if call.path in reading.unread:  # what it holds is read piece by piece
+                return replace(call, module=None).give_up(f"no rule for {call.label}")
+            return self._boundary(call)
+        rule: Rule | None = operator.channels
+        if any(isinstance(v, Heads) for v in values):
+            rule = operator.heads
+            if rule is None:
+                return call.give_up(f"no rule for heads in {call.label}")
+        sizes = [v for v in values if isinstance(v, Extent | Root)]
+        if any(type(v) not in knows for v in sizes):
+            return call.give_up(f"its number of channels is used in {call.label}")
+        try:
+            value = rule(call)
+            return value if _consistent(value, call.result) else call.give_up(call.unexpected)
+        except Exception as error:  # a rule that fails is a boundary, not a crash
+            self.notes[f"{call.label} (its rule failed: {error})"] += 1
+            return call.give_up(f"the rule of {call.label} failed")
+
+    def _call(self, reading: Traced, node: fx.Node) -> Call:
+        return Call(
+            node=node,
+            args=_mapped(node.args, self.values),
+            kwargs=_mapped(node.kwargs, self.values),
+            result=node.meta.get("val"),
+            module=reading.module(node),
+            path=str(node.target) if node.op == "call_module" else "",
+            table=self.table,
+            operator_of=lambda module: find_module_operator(module, self.operators),
+            kind_of=lambda other: self._kind_of(reading, other),
+            module_of=reading.module,
+            folds=self.folded,
+            streams=self.streams,
+            values=self.values,
+        )
+
+    def _kind_of(self, reading: Traced, node: fx.Node) -> Kind | None:
+        found = find_operator(node, reading.module(node), self.operators)
+        return None if found is None else found.kind
+
+    def _boundary(self, call: Call) -> Value:
+        values = list(flat((call.args, call.kwargs)))
+        if any(isinstance(v, Extent | Root) for v in values):
+            return call.give_up(f"its number of channels is computed with, in {call.label}")
+        if any(isinstance(v, Channels | Heads) for v in values):
+            self.notes[call.label] += 1
+        return call.give_up(f"no rule for {call.label}")
+
+    def _attribute(self, node: fx.Node) -> Value:
+        """Follow a parameter that acts on channels directly (layer scale, positions)."""
+        if "place" in node.meta:
+            return Setting.of(node.meta["val"], (node.meta["place"],))
+        path, _, name = str(node.target).rpartition(".")
+        try:
+            owner = self.model.get_submodule(path)
+        except AttributeError:  # a constant that tracing has put into the graph
+            return opaque(node.meta.get("val"))
+        tensor = getattr(owner, name, None)
+        shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else ()
+        wide = [dim for dim, size in enumerate(shape) if size > 1]
+        held = {**owner._parameters, **owner._buffers}
+        if not wide or held.get(name) is None:
+            return opaque(node.meta.get("val"))
+        if len(wide) > 1 and find_module_operator(owner, self.operators) is not None:
+            return opaque(node.meta.get("val"))
+        self.direct |= {(path, name, dim) for dim in wide}
+        if len(wide) > 1:
+            return Held(shape, path, name)
+        ids = self.table.axis(path, [(name, wide[0])], "carrier", shape[wide[0]])
+        return Channels(shape, wide[0], ids)
+
+    # ----------------------------------------------------------------------------------------------
+    # What no operator shows
+
+    def _shared_modules(self) -> dict[str, str]:
+        """Return the modules that have two names, or a tensor with two owners, with the reason."""
+        owners: dict[int, list[tuple[str, str]]] = {}
+        names: dict[int, list[str]] = {}
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            names.setdefault(id(module), []).append(path)
+            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None and len(names[id(module)]) == 1:
+                    owners.setdefault(id(tensor), []).append((path, name))
+        reasons: dict[str, str] = {}
+        for places in owners.values():
+            for path, name in places if len(places) > 1 else ():
+                reasons[path] = f"{path}.{name} is shared with another layer"
+        for paths in names.values():
+            for path in paths if len(paths) > 1 else ():
+                reasons[path] = f"{path!r} is registered under two names"
+        return reasons
+
+    def _modules_read_outside(self) -> dict[str, str]:
+        """Return the modules that own a tensor which the forward reads directly, or goes past."""
+        return {
+            **self.tracing.past,
+            **{
+                str(node.target).rpartition(".")[0]: f"{node.target} is read outside of its layer"
+                for reading in self.readings
+                for node in reading.graph.find_nodes(op="get_attr")
+                if "place" not in node.meta and node.target not in reading.constants
+            },
+        }
+
+    def _list_all_layers(self) -> None:
+        """Give every layer its axes, those too that no graph has led to, with the reason."""
+        listed = {axis.module for axis in self.table.axes.values()}
+        for path, layer in self.model.named_modules():
+            if not isinstance(layer, LAYERS) or path in listed:
+                continue
+            axis = output_axis(layer)
+            ids = self.table.axis(path, [("weight", axis)], "producer", layer.weight.shape[axis])
+            self.table.fix(ids, self.table.abandoned.get(path) or self._why_unlisted(path))
+
+    def _why_unlisted(self, path: str) -> str:
+        for outer in reversed([p for p, _ in self.model.named_modules() if p and holds(p, path)]):
+            if outer in self.table.abandoned:
+                return self.table.abandoned[outer]
+        if any(run.path == path for run in self.tracing.ran):
+            return "its call is a part of an operator that is not read"
+        return "the forward does not call it on the example inputs"
+
+    def _fix_entangled(self) -> None:
+        """Fix the layers that have another owner, name or reader, or a call without a rule."""
+        for key, axis in self.table.axes.items():
+            reason = self.shared.get(axis.module)
+            if key not in self.direct:  # what is only read directly has no layer to disagree with
+                reason = reason or self.read_outside.get(axis.module)
+            for path, why in self.table.abandoned.items():
+                if axis.module == path or axis.module.startswith(f"{path}."):
+                    reason = reason or why
+            if key[:2] in self.astray:
+                reason = reason or f"{'.'.join(filter(None, key[:2]))} is used in other ways too"
+            if reason is not None:
+                self.table.fix(axis.ids, reason)
+
+    def _fix_auxiliary_layers(self) -> None:
+        """Fix what auxiliary heads write: evaluation never runs them, so nothing is gained."""
+        called = {run.path for run in self.tracing.ran}
+        for axis in self.table.axes.values():
+            if axis.role == "producer" and axis.module not in called:
+                self.table.fix(axis.ids, f"{axis.module!r} runs in training mode only")
+
+    # ----------------------------------------------------------------------------------------------
+    # What follows the number of channels
+
+    def _bound_sizes(self) -> dict[Place, Ids]:
+        """Return the attributes that count channels, with the channels of each that they count.
+
+        An attribute that is used in another way as well cannot follow, so what it counts stays.
+        """
+        unread = set(self.tracing.unread)
+        unseen = {place.path for place, by in self.tracing.reads.items() if by & unread}
+        bound: dict[Place, list[Ids]] = {}
+        for places, rows in self.table.bound:
+            pinned = self.table.pinned | {place for place in places if place.path in unseen}
+            free = [place for place in places if place not in pinned and not self.tracing.alone]
+            if len(free) != 1:
+                names = " * ".join(map(str, places))
+                self.table.fix(rows, f"counted by {names}, which is used in other ways too")
+                continue
+            bound.setdefault(free[0], []).append(rows.reshape(-1, free[0].get(self.model)))
+        found = {place: np.unique(np.concatenate(rows), axis=0) for place, rows in bound.items()}
+        for place, rows in found.items():
+            self.table.balance(rows, f"does not fall evenly into {place}")
+        return found
+
+    def _calls(self) -> Iterator[LayerCall]:
+        for run in self.tracing.ran:
+            module = self.model.get_submodule(run.path)
+            if isinstance(module, COUNTED):
+                yield from layer_calls(run.path, module, run.args, run.kwargs, run.output)
+
+    def _fix_widths_looked_at(self, bound: Collection[Place]) -> None:
+        """Fix the layers whose numbers of channels are read from outside, and used otherwise."""
+        for place in self.tracing.reads:
+            module = self.model.get_submodule(place.module)
+            if place.name not in _WIDTHS or place in bound or not self._is_layer(module):
+                continue
+            for axis in self.table.axes.values():
+                if axis.module == place.module:
+                    self.table.fix(axis.ids, f"{place} is read outside of its layer")
+
+    def _is_layer(self, module: nn.Module) -> bool:
+        return find_module_operator(module, self.operators) is not None
+
+    # ----------------------------------------------------------------------------------------------
+    # Sizes of which C may have made something
+
+    def silent_sizes(self) -> list[Silent]:
+        """Return the sizes that follow channels, about each of which C may be told a lie."""
+        found = [Silent(("attribute", str(place)), str(place), ids[0]) for place, ids in self.bound]
+        for dimension in self.tracing.dimensions:
+            value = self.values.get(dimension.entry.node)
+            for key in dimension.entry.path:
+                value = step_into(value, key) if isinstance(value, tuple | list | dict) else None
+            if not isinstance(value, Channels | Heads):
+                continue
+            if dimension.dim is None or dimension.dim % len(value.shape) == value.dim:
+                found.append(Silent(dimension.key, str(dimension.where), value.ids.ravel()))
+        return found
+
+    def _fix_hidden(self) -> None:
+        for silent in self.hidden:
+            reason = f"its number of channels is read by Python ({silent.name}), and used in ways"
+            self.table.fix(silent.ids, f"{reason} that leave no trace (range, int, len, a key)")
+
+
+_WIDTHS = frozenset(
+    {
+        "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features",
+        "num_channels", "num_groups", "num_parameters", "normalized_shape",
+    }
+)  # fmt: skip
+"""Attributes of layers that change with their channels."""
+
+
+def _consistent(value: Value, result: Any) -> bool:
+    """Whether what a rule says of a result fits its shape: a last guard against a wrong rule."""
+    if isinstance(value, Heads):
+        fits = isinstance(result, Tensor) and value.shape == tuple(result.shape)
+        return fits and tuple(value.shape[d] for d in value.dims) == value.ids.shape
+    if isinstance(value, Channels):
+        fits = isinstance(result, Tensor) and value.shape == tuple(result.shape)
+        return fits and value.shape[value.dim] == len(value.ids)
+    if isinstance(value, tuple) and isinstance(result, tuple | list):
+        return len(value) == len(result) and all(map(_consistent, value, result))
+    return True
+
+
+def _mapped(value: Any, values: Mapping[fx.Node, Value]) -> Any:
+    """Replace the nodes in an argument by their values, slices and mappings included."""
+    if isinstance(value, fx.Node):
+        return values[value]
+    if isinstance(value, Mapping):
+        return {key: _mapped(item, values) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return tuple(_mapped(item, values) for item in value)
+    if isinstance(value, slice):
+        return slice(*(_mapped(v, values) for v in (value.start, value.stop, value.step)))
+    return value

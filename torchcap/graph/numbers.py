@@ -1,0 +1,120 @@
+"""Arithmetic on sizes: numbers of the forward that follow channels, or that modules hold."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+from torchcap.graph.values import Call, Extent, Root, Setting, Value, flat
+
+
+def arithmetic(call: Call) -> Value:
+    """A function of numbers alone, none of them a tensor."""
+    values = list(flat((call.args, call.kwargs)))
+    if any(isinstance(v, Extent | Root) for v in values):
+        return _of_extents(call)
+    if call.node.target in {operator.mul} and all(isinstance(v, int) for v in call.args):
+        return _product(*call.args)
+    pin_settings(call)
+    return call.result
+
+
+def pin_settings(call: Call) -> None:
+    """Note that an operator uses attributes in a way that cannot follow channels."""
+    for value in flat((call.args, call.kwargs)):
+        if isinstance(value, Setting):
+            call.table.pin(value.places)
+
+
+def _product(left: int, right: int) -> int:
+    places = tuple(
+        place for v in (left, right) if isinstance(v, Setting) for place in v.places
+    )
+    if not places:
+        return left * right
+    times = 1
+    for v in (left, right):
+        times *= v.times if isinstance(v, Setting) else v
+    return Setting.of(left * right, places, times)
+
+
+def _of_extents(call: Call) -> Value:
+    target: Callable[..., Any] = call.node.target  # type: ignore[assignment]
+    left, right = call.args if len(call.args) == 2 else (call.args[0], None)
+    rule = _RULES.get(target)
+    found = None if rule is None else rule(call, left, right)
+    if found is None:
+        return call.give_up(_BRANCH if call.node.meta.get("branch") else _COMPUTED)
+    return found
+
+
+_BRANCH = "the forward branches on the number of channels"
+_COMPUTED = "its number of channels is computed with"
+
+
+def _multiplied(call: Call, left: Value, right: Value) -> Value | None:
+    x, factor = (left, right) if isinstance(left, Extent) else (right, left)
+    if not isinstance(x, Extent) or type(factor) not in {int, Setting} or factor < 1:
+        return None
+    pin_settings(call)
+    return x.scaled(int(factor))
+
+
+def _divided(call: Call, left: Value, right: Value) -> Value | None:
+    if not isinstance(left, Extent) or type(right) not in {int, Setting} or right < 1:
+        return None
+    if left.number % right:
+        return None
+    pin_settings(call)
+    return left.scaled(1, int(right))
+
+
+def _summed(_: Call, left: Value, right: Value) -> Value | None:
+    pair = left, right
+    if not all(isinstance(x, Extent) and x.parts == x.times == 1 for x in pair):
+        return None
+    return left.joined(right)
+
+
+def _remainder(call: Call, left: Value, right: Value) -> Value | None:
+    """What is left of a division; a number of channels that divides evenly goes on doing so."""
+    plain = isinstance(left, Extent) and left.parts == left.times == 1
+    if not plain or type(right) not in {int, Setting} or right < 1 or len(left.ids) % right:
+        return None
+    pin_settings(call)
+    call.table.balance(left.ids.reshape(int(right), -1), call.at("does not divide evenly"))
+    return 0
+
+
+def _rooted(_: Call, left: Value, right: Value) -> Value | None:
+    if not isinstance(left, Extent) or right not in {0.5, -0.5}:
+        return None
+    return Root(left, right)
+
+
+def _compared(call: Call, left: Value, right: Value) -> Value | None:
+    """Whether two sizes are equal: those that are now must stay so."""
+    if isinstance(right, Extent) and not isinstance(left, Extent):
+        left, right = right, left
+    if isinstance(left, Extent) and isinstance(right, Extent) and left.number == right.number:
+        call.agree(left, right)
+    elif isinstance(left, Extent) and isinstance(right, Setting) and left.number == right:
+        if Fraction(left.times, left.parts) != 1:
+            return None
+        call.table.bind(right.places, left.ids[None])
+    else:
+        return None
+    return call.result
+
+
+_RULES: dict[Any, Callable[[Call, Value, Value], Value | None]] = {
+    operator.mul: _multiplied,
+    operator.floordiv: _divided,
+    operator.add: _summed,
+    operator.mod: _remainder,
+    operator.pow: _rooted,
+    operator.eq: _compared,
+    operator.ne: _compared,
+}

@@ -1,0 +1,792 @@
+"""Recording: a forward runs once, and what it does becomes an ``fx.Graph``.
+
+A :class:`Recorder` is a mode in which every function and method of torch is seen, with the tensors
+that it really gets. Modules with a rule are one operator each; others are read inside, call by
+call, with their hooks. Tensors are known by identity, so a parameter is recognised wherever the
+forward has it from, and what no operator has made is seen to be unknown.
+
+Sizes keep where they come from (:mod:`torchcap.graph.sizes`), so that the graph computes them as
+the forward does, for other batches and images too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import operator
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial, update_wrapper
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchcap.graph.calls import (
+    SHOW_NOTHING,
+    SIZES,
+    assigned,
+    canonical,
+    shows_value,
+)
+from torchcap.graph.sizes import Formula, Place, Ratio, Shape, Size, true_value
+from torchcap.graph.where import Where, here
+from torchcap.nests import Key, leaves_of, mapped, tensors_in
+
+LeafRule = Callable[[nn.Module], bool]
+LOOKS_AT_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+class Run(NamedTuple):
+    """One call of a module.
+
+    Attributes:
+        path: qualified name of the module.
+        args: what it was given by position.
+        kwargs: what it was given by name.
+        output: what it gave.
+    """
+
+    path: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    output: Any
+
+
+class Seen:
+    """The shape and dtype of a tensor that has been seen, without the tensor.
+
+    It is no data class, because those are walked into like other nested values.
+    """
+
+    __slots__ = ("dtype", "shape")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
+
+    def on_meta(self) -> Tensor:
+        """Return a tensor of this shape without memory."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dimension:
+    """The origin of a size: a dimension of a tensor.
+
+    Attributes:
+        entry: of the tensor.
+        dim: which of its dimensions; None for the number of all its entries.
+        key: what it is called in every recording of the same forward.
+        where: it was read.
+    """
+
+    entry: Entry
+    dim: int | None
+    key: tuple[Any, ...]
+    where: Where | None
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A tensor that a builder knows.
+
+    Attributes:
+        builder: whose graph it stands in.
+        node: what made it.
+        path: where in the node's result it is.
+        reference: to the tensor itself, which the record does not keep alive.
+        dims: the origins of its sizes that have been asked for.
+    """
+
+    builder: Builder
+    node: fx.Node
+    path: tuple[Key, ...]
+    reference: weakref.ref[Tensor]
+    dims: dict[int | None, Dimension] = field(default_factory=dict)
+
+    def at(self) -> fx.Node:
+        """Return the node of the tensor itself, taken out of its maker's result where need be."""
+        while self.path:
+            (kind, name), *rest = self.path
+            take = operator.getitem if kind == "item" else getattr
+            value = self.node.meta["val"]
+            path = self.node.meta.get("path", "")
+            self.node = self.builder.add("call_function", take, (self.node, name), {})
+            self.node.meta["val"] = value[name] if kind == "item" else getattr(value, name)
+            self.node.meta["path"] = path
+            self.path = tuple(rest)
+        return self.node
+
+
+@dataclass(slots=True)
+class Builder:
+    """One graph in the making: of the whole forward, or of a piece of it.
+
+    Attributes:
+        piece: qualified name of the module whose forward it is, ``""`` for the model's own.
+        graph: so far.
+        entries: the tensors that it knows, by identity.
+        outputs: node -> the (module path, call) pairs whose output it is.
+        kept: nodes whose values are used past the graph in other ways than by being returned.
+        held: nodes of the tensors that modules or the program hold.
+        sizes: nodes of sizes, by their origin.
+        constants: the tensors that the program holds, by their name in the graph.
+        strange: why the graph cannot be run by itself, if it cannot.
+    """
+
+    piece: str
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    entries: dict[int, Entry] = field(default_factory=dict)
+    outputs: dict[fx.Node, list[tuple[str, int]]] = field(default_factory=dict)
+    kept: dict[fx.Node, str] = field(default_factory=dict)
+    held: dict[Any, fx.Node] = field(default_factory=dict)
+    sizes: dict[int, tuple[Any, fx.Node]] = field(default_factory=dict)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    strange: str | None = None
+    end: fx.Node | None = None
+
+    def add(
+        self, op: str, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> fx.Node:
+        """Append a node, or put it before the output where there is one already."""
+        if self.end is None:
+            return self.graph.create_node(op, target, args, dict(kwargs))
+        with self.graph.inserting_before(self.end):
+            return self.graph.create_node(op, target, args, dict(kwargs))
+
+    def know(self, tensor: Tensor, node: fx.Node, path: tuple[Key, ...] = ()) -> Entry:
+        """Note which node has made a tensor."""
+        entry = self.entries[id(tensor)] = Entry(self, node, path, weakref.ref(tensor))
+        return entry
+
+    def entry(self, tensor: Tensor) -> Entry | None:
+        """Return what is known of a tensor."""
+        found = self.entries.get(id(tensor))
+        return found if found is not None and found.reference() is tensor else None
+
+
+@dataclass(frozen=True, slots=True)
+class ValueRead:
+    """A forward has looked at the value of a tensor.
+
+    Attributes:
+        path: of the module whose forward it was.
+        what: the operator that showed the value.
+        where: in its code.
+    """
+
+    path: str
+    what: str
+    where: Where | None
+
+    def __str__(self) -> str:
+        place = "" if self.where is None else f" at {self.where}"
+        return f"its forward looks at the values of a tensor ({self.what}){place}"
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A comparison of sizes, which the forward may branch on.
+
+    Attributes:
+        where: in the code.
+        outcome: in this recording.
+        measured: whether one of the sizes comes from a tensor.
+    """
+
+    where: Where | None
+    outcome: bool
+    measured: bool
+
+
+@dataclass(slots=True)
+class Record:
+    """What one recording has found.
+
+    Attributes:
+        builders: the graphs, of the model or of pieces, in the order in which they began.
+        ran: the calls of all modules; tensors are :class:`Seen`.
+        values: where forwards have looked at values.
+        branches: the comparisons of sizes, in order.
+        dimensions: the sizes that were read from tensors.
+        reads: attribute of a module -> the modules that were running when it was read.
+        callers: module -> the modules that were running when it was called.
+        outside: module -> why it is not changed: something goes past the forwards that were read.
+        modal: whether a forward that was read has looked at the mode (``self.training``).
+    """
+
+    builders: list[Builder] = field(default_factory=list)
+    ran: list[Run] = field(default_factory=list)
+    values: list[ValueRead] = field(default_factory=list)
+    branches: list[Branch] = field(default_factory=list)
+    dimensions: list[Dimension] = field(default_factory=list)
+    reads: dict[Place, set[str]] = field(default_factory=dict)
+    callers: dict[str, set[str]] = field(default_factory=dict)
+    outside: dict[str, str] = field(default_factory=dict)
+    modal: bool = False
+
+
+class Recorder(TorchFunctionMode):
+    """Records one forward of a model.
+
+    Args:
+        model: a copy, whose tensors may be fake; its forwards are wrapped while it records.
+        owners: id of a parameter or buffer -> its place.
+        is_leaf: which modules are one operator.
+        unread: qualified names of the modules whose own forward is not read, but what they call.
+        shapes: module class -> what runs in the place of its forward, to give shapes alone.
+        functions: Python functions that are one operator each.
+        lies: keys of the sizes about which C is told another value.
+        turned: places of comparisons whose outcome is turned round.
+    """
+
+    def __init__(  # noqa: PLR0913 - what a recording may be told
+        self,
+        model: nn.Module,
+        *,
+        owners: Mapping[int, Place],
+        is_leaf: LeafRule,
+        unread: Collection[str] = (),
+        shapes: Mapping[type[nn.Module], Callable[..., Any]] | None = None,
+        functions: Collection[Callable[..., Any]] = (),
+        lies: Collection[tuple[Any, ...]] = (),
+        turned: Collection[str] = (),
+    ) -> None:
+        super().__init__()
+        self.model, self.owners, self.unread = model, owners, frozenset(unread)
+        self.shapes, self.functions = shapes or {}, functions
+        self.lies, self.turned = frozenset(lies), frozenset(turned)
+        self.record = Record()
+        self.builder: Builder | None = None
+        self.frames: list[str] = []
+        self.calls: Counter[str] = Counter()
+        self.hooked: set[int] = set()
+        self.busy = 0  # how many operators deep: what runs inside of one is not seen
+        self.paths = {id(m): path for path, m in model.named_modules()}
+        self.leaves = {id(m) for path, m in model.named_modules() if is_leaf(m)}
+
+    @property
+    def here(self) -> str:
+        """Qualified name of the module whose forward is running."""
+        return self.frames[-1] if self.frames else ""
+
+    # ----------------------------------------------------------------------------------------------
+    # One forward
+
+    def run_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Any]) -> Any:
+        """Run the forward, and return what it gives.
+
+        Args:
+            args: of the forward, by position.
+            kwargs: of the forward, by name.
+            given: both, in the order of the graph's placeholders.
+        """
+        root = None if "" in self.unread else self._begin("", given)
+        with self._wrapped(), self._watched(), self._replaced(), self:
+            output = self.model(*args, **kwargs)
+        if root is not None:
+            self._end(root, output)
+        return output
+
+    def _begin(self, piece: str, given: Any) -> Builder:
+        builder = Builder(piece)
+        self.record.builders.append(builder)
+        self.builder = builder
+        for number, tensor in enumerate(tensors_in(given)):
+            node = builder.graph.placeholder(f"input_{number}")
+            self._describe(node, tensor)
+            if builder.entry(tensor) is None:
+                builder.know(tensor, node)
+        return builder
+
+    def _end(self, builder: Builder, output: Any) -> None:
+        found = []
+        for _, leaf in leaves_of(output):
+            if isinstance(leaf, Tensor):
+                found.append(self._node_of(builder, leaf))
+            elif isinstance(leaf, Size | Ratio):
+                node = self._node_of_size(builder, leaf)
+                if isinstance(node, fx.Node):
+                    builder.kept.setdefault(node, "output of the model")
+        builder.end = builder.graph.output(tuple(found))
+
+    @contextlib.contextmanager
+    def _wrapped(self) -> Iterator[None]:
+        """Let every module's forward tell when it begins and ends, for a while."""
+        before: list[tuple[dict[str, Any], Any]] = []
+        handles = []
+        for path, module in self.model.named_modules():
+            held, inner = vars(module), module.forward
+            before.append((held, held.get("forward")))
+            wrapper = partial(self._called, path, module, inner)
+            held["forward"] = update_wrapper(wrapper, inner)
+            handles.append(module.register_forward_pre_hook(self._note_hooked))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for held, forward in before:
+                if forward is None:
+                    held.pop("forward", None)
+                else:
+                    held["forward"] = forward
+
+    def _note_hooked(self, module: nn.Module, _: Any) -> None:
+        """Note that a module is called as such, so that hooks see it."""
+        self.hooked.add(id(module))
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Note which attributes forwards read, and let ``math.sqrt`` keep origins, for a while."""
+        math.sqrt = _square_root
+        nn.Module.__getattribute__ = self._getter()  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            del nn.Module.__getattribute__
+            math.sqrt = _SQUARE_ROOT
+
+    def _getter(self) -> Callable[[nn.Module, str], Any]:
+        plain, paths = object.__getattribute__, self.paths
+
+        def noted(module: nn.Module, name: str) -> Any:
+            value = plain(module, name)
+            if self.busy or name.startswith("_") or name == "forward":
+                return value
+            path = paths.get(id(module))
+            if path is None or name not in plain(module, "__dict__"):
+                return value
+            return self._read(path, name, value)
+
+        return noted
+
+    def _read(self, path: str, name: str, value: Any) -> Any:
+        """Note that the running forward reads an attribute of a module."""
+        if name == "training":
+            self.record.modal = True
+            return value
+        place = Place(path, name)
+        self.record.reads.setdefault(place, set()).add(self.here)
+        return self.size_at(place, value) if type(value) is int and self.builder else value
+
+    @contextlib.contextmanager
+    def _replaced(self) -> Iterator[None]:
+        """Let the functions that are one operator be seen, for a while, wherever they are named."""
+        changed: list[tuple[ModuleType, str, Any]] = []
+        by_id = {id(function): function for function in self.functions}
+        for module in list(sys.modules.values()) if by_id else ():
+            for name, value in list(getattr(module, "__dict__", {}).items()):
+                if id(value) in by_id:
+                    changed.append((module, name, value))
+                    setattr(module, name, update_wrapper(partial(self._function, value), value))
+        try:
+            yield
+        finally:
+            for module, name, value in changed:
+                setattr(module, name, value)
+
+    def _function(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.busy:
+            return function(*args, **kwargs)
+        return self._run_function(function, args, kwargs)
+
+    # ----------------------------------------------------------------------------------------------
+    # Modules
+
+    def _called(
+        self,
+        path: str,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        seen_by_hooks = id(module) in self.hooked
+        self.hooked.discard(id(module))
+        if self.busy:
+            output = forward(*args, **kwargs)
+            self._note_run(path, args, kwargs, output)
+            return output
+        call = self.calls[path]
+        self.calls[path] += seen_by_hooks
+        self.record.callers.setdefault(path, set()).add(self.here)
+        outer = self.builder
+        if fresh := outer is None and path not in self.unread:
+            self._begin(path, (args, kwargs))
+        builder = self.builder
+        try:
+            if path in self.unread or id(module) in self.leaves:
+                output = self._run_whole(path, module, forward, args, kwargs)
+            else:
+                output = self._within(path, forward, args, kwargs)
+            self._note_run(path, args, kwargs, output)
+            if builder is not None and seen_by_hooks and isinstance(output, Tensor):
+                node = self._node_of(builder, output)
+                builder.outputs.setdefault(node, []).append((path, call))
+            if builder is not None and fresh:
+                self._end(builder, output)
+        finally:
+            self.builder = outer
+        return output
+
+    def _run_whole(
+        self,
+        path: str,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run a module that is one operator of the graph, or whose forward is not read."""
+        builder, place = self.builder, here()
+        asked: tuple[Any, Any] = (), {}
+        if builder is not None:
+            asked = self._argument(builder, args), self._argument(builder, kwargs)
+        args, kwargs = mapped(args, true_value), mapped(kwargs, true_value)
+        if path in self.unread:
+            self.builder = None
+            output = self._within(path, forward, args, kwargs)
+        else:
+            shape = self.shapes.get(type(module))
+            run = forward if shape is None else partial(shape, module)
+            with self._inside():
+                output = run(*args, **kwargs)
+        if builder is not None:
+            self._append(builder, "call_module", path, *asked, output, place)
+        return output
+
+    def _within(
+        self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the forward of a module, whose calls are looked at."""
+        self.frames.append(path)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self.frames.pop()
+
+    def _note_run(self, path: str, args: Any, kwargs: Any, output: Any) -> None:
+        with self._inside():
+            seen = [mapped(part, _seen) for part in (args, kwargs, output)]
+        self.record.ran.append(Run(path, *seen))
+
+    @contextlib.contextmanager
+    def _inside(self) -> Iterator[None]:
+        self.busy += 1
+        try:
+            yield
+        finally:
+            self.busy -= 1
+
+    # ----------------------------------------------------------------------------------------------
+    # Functions and methods
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.busy:
+            return func(*args, **kwargs)
+        name = func.__name__
+        if name == "__get__":
+            return self._attribute(func, func.__self__.__name__, args[0])
+        if name in SIZES and isinstance(args[0] if args else None, Tensor):
+            return self._size(name, *args, **kwargs)
+        if name in SHOW_NOTHING:
+            return func(*mapped(args, true_value), **mapped(kwargs, true_value))
+        return self._run_function(func, args, kwargs)
+
+    def _run_function(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        place = here()
+        if self.builder is None:
+            self._note_outside((args, kwargs))
+            asked: tuple[Any, Any] = (), {}
+        else:
+            asked = self._argument(self.builder, args), self._argument(self.builder, kwargs)
+        plain_args, plain_kwargs = mapped(args, true_value), mapped(kwargs, true_value)
+        shows = shows_value(func, plain_args)
+        try:
+            with self._inside():
+                output = func(*plain_args, **plain_kwargs)
+        except Exception as error:
+            if shows or isinstance(error, LOOKS_AT_VALUES):
+                self._note_value(func.__name__, place)
+            raise
+        if shows and not _is_fake(plain_args):
+            self._note_value(func.__name__, place)
+        if self.builder is not None and _matters(args, kwargs, output):
+            op, target, (args_asked, kwargs_asked) = canonical(func, *asked)
+            if target is assigned or target is setattr:
+                output = args[0]  # what is written to
+            self._append(self.builder, op, target, args_asked, kwargs_asked, output, place)
+            return None if target is assigned or target is setattr else output
+        return output
+
+    def unseen(self, func: Any, args: Any, kwargs: Any, output: Any) -> None:
+        """Note an operator of C that ran outside of every function that was seen."""
+        if self.busy or self.builder is None or not _matters(args, kwargs, output):
+            return
+        with self._inside():
+            asked = self._argument(self.builder, args), self._argument(self.builder, kwargs)
+            op, target, (args, kwargs) = canonical(func, *asked)
+            self._append(self.builder, op, target, args, kwargs, output, here())
+
+    def _append(
+        self,
+        builder: Builder,
+        op: str,
+        target: Any,
+        args: Any,
+        kwargs: Any,
+        output: Any,
+        place: Where | None,
+    ) -> fx.Node:
+        node = builder.add(op, target, args, kwargs)
+        node.meta["where"], node.meta["path"] = place, self.here
+        self._describe(node, output)
+        for path, leaf in leaves_of(output):
+            if isinstance(leaf, Tensor):
+                builder.know(leaf, node, path)
+        return node
+
+    def _describe(self, node: fx.Node, value: Any) -> None:
+        with self._inside():
+            node.meta["val"] = mapped(value, _seen)
+
+    def _note_value(self, name: str, place: Where | None) -> None:
+        self.record.values.append(ValueRead(self.here, name, place))
+
+    # ----------------------------------------------------------------------------------------------
+    # Arguments
+
+    def _argument(self, builder: Builder, value: Any) -> Any:
+        """Return a nested argument with nodes in the place of tensors and sizes."""
+        if isinstance(value, Tensor):
+            return self._node_of(builder, value)
+        if isinstance(value, Size | Ratio):
+            return self._node_of_size(builder, value)
+        if type(value) in {dict, list, tuple}:
+            if isinstance(value, dict):
+                return {key: self._argument(builder, item) for key, item in value.items()}
+            items = [self._argument(builder, item) for item in value]
+            return items if isinstance(value, list) else tuple(items)
+        if isinstance(value, slice):
+            parts = (value.start, value.stop, value.step)
+            return slice(*(self._argument(builder, part) for part in parts))
+        if isinstance(value, Shape):
+            return tuple(self._argument(builder, item) for item in value)
+        held = list(tensors_in(value)) if not isinstance(value, fx.node.base_types) else []
+        if held:  # an object of the user's own: what it holds is read
+            builder.strange = f"a {type(value).__name__} is handed on"
+            return tuple(self._node_of(builder, tensor) for tensor in held)
+        return value
+
+    def _node_of(self, builder: Builder, tensor: Tensor) -> fx.Node:
+        return self._entry(builder, tensor).at()
+
+    def _entry(self, builder: Builder, tensor: Tensor) -> Entry:
+        found = builder.entry(tensor)
+        if found is not None:
+            return found
+        place = self.owners.get(id(tensor))
+        if place is not None:
+            return self._held(builder, tensor, place.path)
+        for other in self.record.builders:
+            known = other.entry(tensor) if other is not builder else None
+            if known is not None:
+                self._keep(known, f"used in the forward of {builder.piece!r} too")
+                first = next(iter(builder.graph.nodes), None)
+                with builder.graph.inserting_before(first):
+                    node = builder.graph.placeholder(f"outside_{len(builder.entries)}")
+                builder.strange = "it uses a tensor from outside"
+                self._describe(node, tensor)
+                return builder.know(tensor, node)
+        name = f"constant_{len(builder.constants)}"
+        builder.constants[name] = tensor
+        return self._held(builder, tensor, name)
+
+    def _held(self, builder: Builder, tensor: Tensor, name: str) -> Entry:
+        node = builder.held.get(name)
+        if node is None:
+            node = builder.held[name] = builder.add("get_attr", name, (), {})
+            node.meta["path"] = self.here
+            self._describe(node, tensor)
+        return builder.know(tensor, node)
+
+    def _keep(self, entry: Entry, reason: str) -> None:
+        """Note that a tensor is used past the graph that it stands in."""
+        entry.builder.kept.setdefault(entry.at(), reason)
+
+    def _note_outside(self, value: Any) -> None:
+        """Note what the forward of a module that is not read does with what others hold."""
+        reader = self.here
+        for tensor in tensors_in(value):
+            place = self.owners.get(id(tensor))
+            if place is not None and place.module != reader:
+                self.record.outside.setdefault(
+                    place.module, f"a tensor of {place.module!r} is read in {reader!r}"
+                )
+            for builder in self.record.builders:
+                known = builder.entry(tensor)
+                if known is not None:
+                    self._keep(known, f"used in the forward of {reader!r}")
+
+    # ----------------------------------------------------------------------------------------------
+    # Sizes
+
+    def size_at(self, origin: Dimension | Place, value: int) -> Size:
+        """Return an integer that knows its origin."""
+        key = ("attribute", str(origin)) if isinstance(origin, Place) else origin.key
+        return Size.of(value, origin, self, told=3 * value + 1 if key in self.lies else None)
+
+    def _dimension(self, tensor: Tensor, dim: int | None) -> Dimension:
+        assert self.builder is not None  # noqa: S101 - the callers have looked
+        entry = self._entry(self.builder, tensor)
+        if dim not in entry.dims:
+            made = (entry.builder.piece, entry.node.name, entry.path)
+            entry.dims[dim] = Dimension(entry, dim, (*made, dim), here())
+            self.record.dimensions.append(entry.dims[dim])
+        return entry.dims[dim]
+
+    def _shape(self, tensor: Tensor) -> Any:
+        with self._inside():
+            sizes = tuple(tensor.shape)
+        if self.builder is None:
+            return torch.Size(sizes)
+        return Shape(
+            self.size_at(self._dimension(tensor, dim), n) for dim, n in enumerate(sizes)
+        )
+
+    def _size(self, name: str, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if name in {"size", "__len__"}:
+            dim = true_value(kwargs.get("dim", args[0] if args else None))
+            shape = self._shape(tensor)
+            return shape[0] if name == "__len__" else shape if dim is None else shape[dim]
+        with self._inside():
+            count = tensor.numel()
+        return count if self.builder is None else self.size_at(self._dimension(tensor, None), count)
+
+    def _attribute(self, func: Any, name: str, tensor: Tensor) -> Any:
+        if name == "shape":
+            return self._shape(tensor)
+        with self._inside():
+            value = func(tensor)
+        if name not in SHOW_NOTHING and self.builder is not None and value is not None:
+            args = (self._node_of(self.builder, tensor), name)
+            self._append(self.builder, "call_function", getattr, args, {}, value, here())
+        return value
+
+    def _node_of_size(self, builder: Builder, size: Size | Ratio) -> Any:
+        origin = size.origin
+        if id(origin) in builder.sizes:
+            return builder.sizes[id(origin)][1]
+        if isinstance(origin, Dimension):
+            if origin.entry.builder is not builder:
+                self._keep(origin.entry, f"its size is used in {builder.piece!r}")
+                return size.true
+            name, rest = ("numel", ()) if origin.dim is None else ("size", (origin.dim,))
+            node = builder.add("call_method", name, (origin.entry.at(), *rest), {})
+        elif isinstance(origin, Place):
+            node = builder.add("get_attr", origin.path, (), {})
+            node.meta["val"] = size.true
+            if origin.index is not None:
+                node = builder.add("call_function", operator.getitem, (node, origin.index), {})
+            node.meta["place"] = origin
+        elif isinstance(origin, Formula):
+            args = tuple(self._argument(builder, o) for o in origin.operands)
+            node = builder.add("call_function", origin.operation, args, {})
+        else:
+            return size.true
+        node.meta |= {"val": size.true, "where": here(), "path": self.here}
+        builder.sizes[id(origin)] = origin, node
+        return node
+
+    def compared(
+        self, operation: Callable[..., Any], operands: tuple[Any, ...], outcome: Any
+    ) -> Any:
+        """Take note of a comparison that the forward may branch on; return its outcome."""
+        if self.busy or self.builder is None:
+            return outcome
+        place = here()
+        with self._inside():
+            args = tuple(self._argument(self.builder, o) for o in operands)
+            if not any(isinstance(a, fx.Node) for a in args):
+                return outcome
+            node = self._append(self.builder, "call_function", operation, args, {}, outcome, place)
+            node.meta["branch"] = True
+        turned = str(place) in self.turned if self.turned else False
+        measured = any(map(_is_measured, operands))
+        self.record.branches.append(Branch(place, bool(outcome), measured))
+        return not outcome if turned and isinstance(outcome, bool) and measured else outcome
+
+
+class SeenByFakes(FakeTensorMode):
+    """Fake tensors, which also tell a recorder what ran outside of the functions that it saw."""
+
+    recorder: Recorder | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        output = super().__torch_dispatch__(func, types, args, kwargs or {})
+        if self.recorder is not None:
+            self.recorder.unseen(func, args, kwargs or {}, output)
+        return output
+
+
+class SeenByDispatch(TorchDispatchMode):
+    """The same for real tensors."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.recorder.unseen(func, args, kwargs or {}, output)
+        return output
+
+
+_SQUARE_ROOT = math.sqrt
+
+
+def _square_root(number: Any) -> Any:
+    return number**0.5 if isinstance(number, Size | Ratio) else _SQUARE_ROOT(number)
+
+
+def _seen(value: Any) -> Any:
+    return Seen(value) if isinstance(value, Tensor) else true_value(value)
+
+
+def _is_fake(args: Any) -> bool:
+    return any(hasattr(tensor, "fake_mode") for tensor in tensors_in(args))
+
+
+def _is_measured(size: Any) -> bool:
+    """Whether a size has been computed from those of tensors."""
+    origin = getattr(size, "origin", None)
+    if isinstance(origin, Formula):
+        return any(map(_is_measured, origin.operands))
+    return isinstance(origin, Dimension)
+
+
+def _matters(args: Any, kwargs: Any, output: Any) -> bool:
+    """Whether an operator reads tensors or sizes, or makes a tensor."""
+    if any(True for _ in tensors_in(output)):
+        return True
+    given = (leaf for _, leaf in leaves_of((args, kwargs)))
+    return any(isinstance(leaf, Tensor | Size | Ratio) for leaf in given)
