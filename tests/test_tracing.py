@@ -22,7 +22,8 @@ from torch import Tensor, fx, nn
 
 from torchcap import ClosedForm, Recipe, TraceError, analyze, compress, cost
 from torchcap.graph.analyze import leaf_rule
-from torchcap.graph.trace import Tracing, trace
+from torchcap.graph.rules import OPERATORS
+from torchcap.graph.trace import Tracer, Tracing
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -100,7 +101,7 @@ def free_of(model: nn.Module, inputs: Any) -> dict[str, int]:
 
 
 def traced(model: nn.Module, inputs: Any) -> Tracing:
-    return trace(model, inputs, is_leaf=leaf_rule())
+    return Tracer(model, inputs, is_leaf=leaf_rule((), OPERATORS)).tracing()
 
 
 def prove(model: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -115,8 +116,9 @@ def test_module_that_cannot_be_traced_is_a_boundary_and_is_read_inside() -> None
     graph = analyze(model, IMAGE.double())
     assert {space.name for space in graph.free} == {"middle.body.0", "head.0"}
     assert "middle" in graph["stem"].reason
-    assert graph["middle.body.3"].reason == "output of the model"
-    assert any("'middle' is read as one operator" in note for note in graph.notes)
+    assert "leaves 'middle.body'" in graph["middle.body.3"].reason
+    assert "bool(x.sum() > -1e9)" in graph["middle.body.3"].reason
+    assert any("the forward of 'middle' is read in pieces" in note for note in graph.notes)
     prove(model, (IMAGE.double(),))
 
 
@@ -143,7 +145,7 @@ def test_layers_that_are_called_past_their_piece_stay() -> None:
     model = made(Net(BodyCalledPast()))
     graph = analyze(model, IMAGE.double())
     assert {space.name for space in graph.free} == {"head.0"}
-    assert "'middle.body.0' is called past 'middle.body'" in graph["middle.body.0"].reason
+    assert "leaves 'middle.body.0', and where to is not read" in graph["middle.body.0"].reason
     assert not any(fold.layer == "middle.body.0" for fold in graph.folds)
     prove(model, (IMAGE.double(),))
 

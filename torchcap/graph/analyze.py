@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from torchcap.errors import ModelError, TraceError
+from torchcap.graph.branches import other_sides
 from torchcap.graph.escapes import escaped_sizes
 from torchcap.graph.inputs import ExampleInputs
 from torchcap.graph.interpret import Interpretation
@@ -77,8 +78,12 @@ def analyze(
     reading = Interpretation(model, tracing, operators, streams=streams)
     graph = reading.graph()
     hidden = escaped_sizes(tracer, tracing, reading.silent_sizes())
-    if hidden:
-        reading = Interpretation(model, tracing, operators, streams=streams, hidden=hidden)
+    more, unread = other_sides(tracer, tracing, reading.branches())
+    if hidden or more or unread:
+        tracing = replace(tracing, graphs=(*tracing.graphs, *more))
+        reading = Interpretation(
+            model, tracing, operators, streams=streams, hidden=hidden, unread_sides=unread
+        )
         graph = reading.graph()
     return graph
 

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
 
-from torchcap.nests import tensors_in
-
 SIZES = frozenset({"size", "numel", "nelement", "__len__"})
 """Methods that give the sizes of a tensor."""
 
@@ -31,14 +29,13 @@ SHOW_NOTHING = frozenset(
 )  # fmt: skip
 """Attributes and methods that show neither the channels of a tensor nor its values."""
 
-_SHOW_VALUES = frozenset(
+SHOW_VALUES = frozenset(
     {
         "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__",
-        "__array__", "__contains__", "nonzero", "argwhere", "equal", "allclose", "is_nonzero",
-        "unique", "unique_consecutive", "unique_dim", "masked_select", "bincount", "nms",
-        "__dlpack__",
+        "__array__", "__contains__", "equal", "allclose", "is_nonzero", "__dlpack__",
     }
 )  # fmt: skip
+"""Functions and methods that show a program the values of a tensor."""
 
 _BINARY = (
     "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor",
@@ -52,18 +49,6 @@ _SWAPPED: Mapping[str, Callable[..., Any]] = {
     **{f"__r{name}__": getattr(operator, f"__{name}__") for name in _BINARY},
     "__rdiv__": operator.truediv,
 }
-
-
-def shows_value(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether a function's result, or its shape, depends on the values of a tensor."""
-    name = func.__name__
-    if name in _SHOW_VALUES:
-        return True
-    if name == "__getitem__":
-        return any(t.dtype in {torch.bool, torch.uint8} for t in tensors_in(args[1:]))
-    if name == "where":
-        return len(args) == 1
-    return name == "repeat_interleave" and isinstance(args[1] if len(args) > 1 else None, Tensor)
 
 
 def assigned(tensor: Tensor, index: Any, value: Any) -> Tensor:

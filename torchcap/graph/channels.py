@@ -119,12 +119,17 @@ class ChannelTable:
     _nonlinear: list[Ids] = field(default_factory=list)
     _contractions: list[tuple[Ids, Ids]] = field(default_factory=list)
     _balances: list[tuple[Ids, str]] = field(default_factory=list)
-    _products: dict[tuple[str, int, int], tuple[Ids, Ids, Scaling | None]] = field(
+    _products: dict[tuple[str, int, int, int], tuple[Ids, Ids, Scaling | None]] = field(
         default_factory=dict
     )
+    _met: Counter[tuple[str, int, int]] = field(default_factory=Counter)
     _agreements: list[tuple[Share, Share, str]] = field(default_factory=list)
     bound: list[tuple[tuple[Place, ...], Ids]] = field(default_factory=list)
     pinned: set[Place] = field(default_factory=set)
+
+    def begin(self) -> None:
+        """Note that another graph of the same model is going to be read."""
+        self._met.clear()
 
     def new(self, count: int) -> Ids:
         """Return ``count`` new identities."""
@@ -171,7 +176,7 @@ class ChannelTable:
         """Note that two tensors meet in a dot product, head by head.
 
         Args:
-            name: of the operator; it may be met again, in another mode.
+            name: where the operator stands; it may be met again, in another mode.
             left: identities of the left side, ``(heads, channels of one)``.
             right: of the other side.
             writer: where the operator divides by the root of the number of channels, the layer that
@@ -179,7 +184,9 @@ class ChannelTable:
         """
         self._contractions.append((left.ravel(), right.ravel()))
         scaling = None if writer is None else Scaling(writer, left)
-        key = (name, int(left.flat[0]), int(right.flat[0]))
+        place = (name, int(left.flat[0]), int(right.flat[0]))
+        self._met[place] += 1
+        key = (*place, self._met[place])
         known = self._products.get(key)
         if known is not None and (known[2] is None) != (scaling is None):
             self.fix(left, f"scaled in one mode and not in the other, at {name!r}")

@@ -58,13 +58,14 @@ class Interpretation:
         *,
         streams: bool,
         hidden: Collection[Silent] = (),
+        unread_sides: Collection[str] = (),
     ) -> None:
         self.model = model
         self.tracing = tracing
         self.readings = tracing.graphs
         self.operators = operators
         self.streams = streams
-        self.hidden = hidden
+        self.hidden, self.unread_sides = hidden, unread_sides
         self.table = ChannelTable()
         self.shared = self._shared_modules()
         self.read_outside = self._modules_read_outside()
@@ -80,6 +81,7 @@ class Interpretation:
 
     def graph(self) -> SpaceGraph:
         for reading in self.readings:
+            self.table.begin()
             for node in reading.graph.nodes:
                 self.values[node] = self._visit(reading, node)
             self._fix_kept(reading)
@@ -129,6 +131,8 @@ class Interpretation:
             yield f"{name} is read in pieces: {why}"
         for name, count in self.notes.items():
             yield f"no rule for {name} ({count} {'uses' if count > 1 else 'use'})"
+        for place in self.unread_sides:
+            yield f"the forward branches on sizes at {place}; only the side taken here is read"
 
     @property
     def kind(self) -> str:
@@ -374,6 +378,19 @@ class Interpretation:
     # ----------------------------------------------------------------------------------------------
     # Sizes of which C may have made something
 
+    def branches(self) -> dict[str, bool]:
+        """Return the places where sizes that are no numbers of channels are compared."""
+        found: dict[str, set[bool]] = {}
+        for reading in self.tracing.evaluations:
+            for node in reading.graph.nodes:
+                if not node.meta.get("branch") or not isinstance(node.meta["val"], bool):
+                    continue
+                operands = list(flat(_mapped(node.args, self.values)))
+                if any(followed_ids(v) is not None for v in operands) or not _measured(node):
+                    continue
+                found.setdefault(str(node.meta["where"]), set()).add(node.meta["val"])
+        return {place: next(iter(seen)) for place, seen in found.items() if len(seen) == 1}
+
     def silent_sizes(self) -> list[Silent]:
         """Return the sizes that follow channels, about each of which C may be told a lie."""
         found = [Silent(("attribute", str(place)), str(place), ids[0]) for place, ids in self.bound]
@@ -400,6 +417,13 @@ _WIDTHS = frozenset(
     }
 )  # fmt: skip
 """Attributes of layers that change with their channels."""
+
+
+def _measured(node: fx.Node) -> bool:
+    """Whether a number has been computed from the sizes of tensors."""
+    inputs = node.all_input_nodes
+    tensors = any(isinstance(n.meta.get("val"), Tensor) for n in inputs)
+    return tensors or any(_measured(n) for n in inputs)
 
 
 def _consistent(value: Value, result: Any) -> bool:

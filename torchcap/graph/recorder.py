@@ -35,10 +35,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchcap.graph.calls import (
     SHOW_NOTHING,
+    SHOW_VALUES,
     SIZES,
     assigned,
     canonical,
-    shows_value,
 )
 from torchcap.graph.sizes import Formula, Place, Ratio, Shape, Size, true_value
 from torchcap.graph.where import Where, here
@@ -249,6 +249,7 @@ class Recorder(TorchFunctionMode):
         functions: Python functions that are one operator each.
         lies: keys of the sizes about which C is told another value.
         turned: places of comparisons whose outcome is turned round.
+        longest: number of nodes after which a recording is broken off; None for no end.
     """
 
     def __init__(  # noqa: PLR0913 - what a recording may be told
@@ -262,11 +263,12 @@ class Recorder(TorchFunctionMode):
         functions: Collection[Callable[..., Any]] = (),
         lies: Collection[tuple[Any, ...]] = (),
         turned: Collection[str] = (),
+        longest: int | None = None,
     ) -> None:
         super().__init__()
         self.model, self.owners, self.unread = model, owners, frozenset(unread)
         self.shapes, self.functions = shapes or {}, functions
-        self.lies, self.turned = frozenset(lies), frozenset(turned)
+        self.lies, self.turned, self.longest = frozenset(lies), frozenset(turned), longest
         self.record = Record()
         self.builder: Builder | None = None
         self.frames: list[str] = []
@@ -516,7 +518,7 @@ class Recorder(TorchFunctionMode):
         else:
             asked = self._argument(self.builder, args), self._argument(self.builder, kwargs)
         plain_args, plain_kwargs = mapped(args, true_value), mapped(kwargs, true_value)
-        shows = shows_value(func, plain_args)
+        shows = func.__name__ in SHOW_VALUES
         try:
             with self._inside():
                 output = func(*plain_args, **plain_kwargs)
@@ -553,6 +555,8 @@ class Recorder(TorchFunctionMode):
         output: Any,
         place: Where | None,
     ) -> fx.Node:
+        if self.longest is not None and len(builder.graph.nodes) > self.longest:
+            raise RecursionError(f"the forward has more than {self.longest} operators")
         node = builder.add(op, target, args, kwargs)
         node.meta["where"], node.meta["path"] = place, self.here
         self._describe(node, output)

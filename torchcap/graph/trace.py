@@ -66,6 +66,7 @@ class Traced:
         kept: nodes whose values are used past the graph, with the reason.
         constants: the tensors that the program holds, by their name in the graph.
         strange: why the graph cannot be run by itself; None if it can.
+        turned: whether it is what the forward would do if a comparison came out otherwise.
     """
 
     model: nn.Module
@@ -77,6 +78,7 @@ class Traced:
     kept: Mapping[fx.Node, str] = field(default_factory=dict)
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     strange: str | None = None
+    turned: bool = False
 
     def module(self, node: fx.Node) -> nn.Module | None:
         """Return the module that a node calls, if it calls one."""
@@ -117,8 +119,8 @@ class Tracing:
 
     @property
     def evaluations(self) -> tuple[Traced, ...]:
-        """The evaluation graphs."""
-        return tuple(graph for graph in self.graphs if graph.mode == "eval")
+        """The graphs of evaluation on the example inputs."""
+        return tuple(g for g in self.graphs if g.mode == "eval" and not g.turned)
 
     @property
     def whole(self) -> Traced | None:
