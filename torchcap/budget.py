@@ -90,7 +90,7 @@ def plan_for(  # noqa: PLR0913 - an argument for each thing that may be said
     if source is not None and example_inputs is None:
         example_inputs = source.first().inputs
     reader = Reader(leaves, rules, streams)
-    graph = reader(model, example_inputs)
+    graph = reader.proven(model, example_inputs)
     kept = Measurements(model, source, example_inputs, seed, state, on_progress, reader)
     return kept.plan(
         graph,

@@ -101,7 +101,7 @@ def prepare(  # noqa: PLR0913 - an argument for each thing that may be said
         Minnehan & Savakis, "Cascaded Projection", CVPR 2019, sec. 3.3 and 3.6.
     """
     _check_model(model)
-    graph = Reader(leaves, rules, streams)(model, example_inputs)
+    graph = Reader(leaves, rules, streams).proven(model, example_inputs)
     plan = _resolved(graph, ratio, plan)
     student = copy.deepcopy(model)
     fold_(student, graph.folds)
@@ -219,7 +219,7 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
             "alone: recipe=Recipe(start=LargestNorm())"
         )
     reader = Reader(leaves, rules, streams)
-    graph = reader(model, example_inputs)
+    graph = reader.proven(model, example_inputs)
     budgets: dict[str, Any] = {
         "macs": macs, "params": params, "activations": activations, "latency_ms": latency_ms
     }  # fmt: skip

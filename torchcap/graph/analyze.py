@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from types import FunctionType
 
 import torch
@@ -15,6 +16,7 @@ from torchcap.graph.branches import other_sides
 from torchcap.graph.escapes import escaped_sizes
 from torchcap.graph.inputs import ExampleInputs
 from torchcap.graph.interpret import Interpretation
+from torchcap.graph.proof import prove
 from torchcap.graph.recorder import LeafRule
 from torchcap.graph.rules import OPERATORS, Rules, Target, find_module_operator, is_patched
 from torchcap.graph.spaces import SpaceGraph
@@ -72,20 +74,12 @@ def analyze(
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise ModelError(f"{path!r} is scripted and cannot be read; use what it was made from")
-    operators = known_operators(rules)
-    tracer = _tracer(model, example_inputs, leaves, operators)
-    tracing = tracer.tracing()
-    reading = Interpretation(model, tracing, operators, streams=streams)
-    graph = reading.graph()
-    hidden = escaped_sizes(tracer, tracing, reading.silent_sizes())
-    more, unread = other_sides(tracer, tracing, reading.branches())
-    if hidden or more or unread:
-        tracing = replace(tracing, graphs=(*tracing.graphs, *more))
-        reading = Interpretation(
-            model, tracing, operators, streams=streams, hidden=hidden, unread_sides=unread
-        )
-        graph = reading.graph()
-    return graph
+    reader = Reader(leaves, rules, streams)
+    return reader.read(model, example_inputs, most=_PROVEN_MACS)
+
+
+_PROVEN_MACS = 3e9
+"""Multiply-adds of a forward up to which ``analyze()`` proves its reading."""
 
 
 def known_operators(rules: Rules | None) -> Mapping[Target, Operator]:
@@ -118,10 +112,39 @@ class Reader:
     streams: bool = False
 
     def __call__(self, model: nn.Module, example_inputs: ExampleInputs | None) -> SpaceGraph:
-        """Return the spaces of a model; see :func:`analyze`."""
-        return analyze(
-            model, example_inputs, leaves=self.leaves, rules=self.rules, streams=self.streams
-        )
+        """Return the spaces of a model whose kind has been proven; see :func:`analyze`."""
+        return self.read(model, example_inputs)
+
+    def proven(self, model: nn.Module, example_inputs: ExampleInputs | None) -> SpaceGraph:
+        """Return the spaces of a model, after a proof; see :func:`analyze`."""
+        return self.read(model, example_inputs, most=inf)
+
+    def read(
+        self, model: nn.Module, example_inputs: ExampleInputs | None, *, most: float = 0
+    ) -> SpaceGraph:
+        """Return the spaces of a model; see :func:`analyze`.
+
+        Args:
+            model: any module.
+            example_inputs: of its forward.
+            most: multiply-adds of a forward up to which the reading is proven.
+
+        Raises:
+            TraceError: if the model cannot be read, or the proof fails.
+        """
+        operators = known_operators(self.rules)
+        tracer = _tracer(model, example_inputs, self.leaves, operators)
+        found = _read(tracer, operators, streams=self.streams, most=most)
+        if found.mismatch is not None:  # to ``type(n) is int`` a size is none
+            tracer.plain = True
+            found = _read(tracer, operators, streams=self.streams, most=most)
+        if found.mismatch is not None:
+            raise TraceError(
+                f"the reading of {type(model).__name__!r} does not hold: run on the same inputs, "
+                f"it computes something else than the forward at {found.mismatch}. Make the module "
+                "that this belongs to one operator: leaves=[...]"
+            )
+        return found.graph
 
     def trace(self, model: nn.Module, example_inputs: ExampleInputs) -> Traced:
         """Return the evaluation graph of a whole model.
@@ -139,6 +162,42 @@ class Reader:
                 "recipe=Recipe(start=LargestNorm())"
             )
         return whole
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A reading, and where its proof failed; None if it did not."""
+
+    graph: SpaceGraph
+    mismatch: str | None = None
+
+
+def _read(
+    tracer: Tracer, operators: Mapping[Target, Operator], *, streams: bool, most: float
+) -> _Found:
+    tracing = tracer.tracing()
+    reading = Interpretation(tracer.model, tracing, operators, streams=streams)
+    graph = reading.graph()
+    hidden = escaped_sizes(tracer, tracing, reading.silent_sizes())
+    more, unread = other_sides(tracer, tracing, reading.branches())
+    notes: list[str] = []
+    if most > 0:
+        if any(tensor.is_meta for tensor in tracer.model.state_dict().values()):
+            notes.append("not proven: the model has no weights (meta device)")
+        elif graph.macs > most:
+            notes.append("not proven, because a forward is long; prepare() and compress() do it")
+        else:
+            proof = prove(tracer, tracing)
+            if proof.mismatch is not None:
+                return _Found(graph, proof.mismatch)
+            more = [*more, *proof.graphs]
+    if hidden or more or unread:
+        tracing = replace(tracing, graphs=(*tracing.graphs, *more))
+        reading = Interpretation(
+            tracer.model, tracing, operators, streams=streams, hidden=hidden, unread_sides=unread
+        )
+        graph = reading.graph()
+    return _Found(replace(graph, notes=(*graph.notes, *notes)))
 
 
 def leaf_rule(

@@ -8,6 +8,7 @@ what they were.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from torchcap.graph.channels import Ids
 from torchcap.graph.heads import fitting, settled, spread
+from torchcap.graph.operators import addition
 from torchcap.graph.values import Call, Channels, Heads, Opaque, Value, flat
 
 
@@ -37,6 +39,15 @@ def product(call: Call) -> Value:
         return call.give_up("multiplied along different channels")
     call.table.contract(call.where, *rows)
     return Opaque(call.shape)
+
+
+def added_product(call: Call) -> Value:
+    """``addmm`` and ``baddbmm``: a matrix product, and a term that is added."""
+    term, left, right = call.args if len(call.args) == 3 else (None, None, None)
+    if call.kwargs or not all(isinstance(x, Channels | Heads | Opaque) for x in (left, right)):
+        return call.give_up(call.unexpected)
+    found = product(replace(call, args=(left, right)))
+    return addition(replace(call, args=(found, term)))
 
 
 def _multiplied(call: Call, x: Heads, *, kept: int, summed: int) -> Value:

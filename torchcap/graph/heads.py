@@ -568,7 +568,7 @@ def attribute(call: Call) -> Value:
 def size(call: Call) -> Value:
     """``x.size(dim)``."""
     x, dim = call.args[0], call.argument(1, "dim")
-    if not isinstance(x, Heads):
+    if not isinstance(x, Heads) or not isinstance(dim, int):
         return call.give_up(call.unexpected)
     width = type(dim) is int and dim % len(x.shape) == x.dim
     return Extent(x.rows.ravel(), len(x.rows)) if width else call.result

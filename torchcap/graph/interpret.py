@@ -21,7 +21,14 @@ from torchcap.graph.findings import (
 )
 from torchcap.graph.folds import find_folds
 from torchcap.graph.numbers import arithmetic, pin_settings
-from torchcap.graph.rules import COUNTED, LAYERS, Target, find_module_operator, find_operator
+from torchcap.graph.rules import (
+    COUNTED,
+    LAYER_FUNCTIONS,
+    LAYERS,
+    Target,
+    find_module_operator,
+    find_operator,
+)
 from torchcap.graph.sizes import Place
 from torchcap.graph.spaces import HeldSize, LayerCall, SpaceGraph
 from torchcap.graph.taps import find_sights
@@ -39,6 +46,7 @@ from torchcap.graph.values import (
     Rule,
     Setting,
     Value,
+    Weight,
     flat,
     followed_ids,
     opaque,
@@ -220,6 +228,7 @@ class Interpretation:
             operator_of=lambda module: find_module_operator(module, self.operators),
             kind_of=lambda other: self._kind_of(reading, other),
             module_of=reading.module,
+            layer_at=self.model.get_submodule,
             folds=self.folded,
             streams=self.streams,
             values=self.values,
@@ -250,7 +259,11 @@ class Interpretation:
         shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else ()
         wide = [dim for dim, size in enumerate(shape) if size > 1]
         held = {**owner._parameters, **owner._buffers}
-        if not wide or held.get(name) is None:
+        if held.get(name) is None:
+            return opaque(node.meta.get("val"))
+        if self._is_handed_on(node, owner):
+            return Weight(shape, path, name)
+        if not wide:
             return opaque(node.meta.get("val"))
         if len(wide) > 1 and find_module_operator(owner, self.operators) is not None:
             return opaque(node.meta.get("val"))
@@ -289,9 +302,21 @@ class Interpretation:
                 str(node.target).rpartition(".")[0]: f"{node.target} is read outside of its layer"
                 for reading in self.readings
                 for node in reading.graph.find_nodes(op="get_attr")
-                if "place" not in node.meta and node.target not in reading.constants
+                if not self._is_known(reading, node)
             },
         }
+
+    def _is_known(self, reading: Traced, node: fx.Node) -> bool:
+        """Whether what is read directly is no tensor of a layer, or one that a function is given."""
+        if "place" in node.meta or node.target in reading.constants or not node.users:
+            return True
+        owner = self.model.get_submodule(str(node.target).rpartition(".")[0])
+        return self._is_handed_on(node, owner)
+
+    def _is_handed_on(self, node: fx.Node, owner: nn.Module) -> bool:
+        """Whether a layer's tensor is read by functions alone that do what a layer does."""
+        users = [user for user in node.users if user.target in LAYER_FUNCTIONS]
+        return len(users) == len(node.users) > 0 and self._is_layer(owner)
 
     def _list_all_layers(self) -> None:
         """Give every layer its axes, those too that no graph has led to, with the reason."""

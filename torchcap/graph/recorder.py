@@ -250,6 +250,7 @@ class Recorder(TorchFunctionMode):
         lies: keys of the sizes about which C is told another value.
         turned: places of comparisons whose outcome is turned round.
         longest: number of nodes after which a recording is broken off; None for no end.
+        plain: whether sizes are plain integers, for forwards that tell kinds of integers apart.
     """
 
     def __init__(  # noqa: PLR0913 - what a recording may be told
@@ -264,11 +265,13 @@ class Recorder(TorchFunctionMode):
         lies: Collection[tuple[Any, ...]] = (),
         turned: Collection[str] = (),
         longest: int | None = None,
+        plain: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.owners, self.unread = model, owners, frozenset(unread)
         self.shapes, self.functions = shapes or {}, functions
-        self.lies, self.turned, self.longest = frozenset(lies), frozenset(turned), longest
+        self.lies, self.turned = frozenset(lies), frozenset(turned)
+        self.longest, self.plain = longest, plain
         self.record = Record()
         self.builder: Builder | None = None
         self.frames: list[str] = []
@@ -381,7 +384,8 @@ class Recorder(TorchFunctionMode):
             return value
         place = Place(path, name)
         self.record.reads.setdefault(place, set()).add(self.here)
-        return self.size_at(place, value) if type(value) is int and self.builder else value
+        tracked = type(value) is int and self.builder is not None and not self.plain
+        return self.size_at(place, value) if tracked else value
 
     @contextlib.contextmanager
     def _replaced(self) -> Iterator[None]:
@@ -669,6 +673,10 @@ class Recorder(TorchFunctionMode):
             sizes = tuple(tensor.shape)
         if self.builder is None:
             return torch.Size(sizes)
+        if self.plain:
+            args = (self._node_of(self.builder, tensor),)
+            self._append(self.builder, "call_method", "size", args, {}, sizes, here())
+            return torch.Size(sizes)
         return Shape(
             self.size_at(self._dimension(tensor, dim), n) for dim, n in enumerate(sizes)
         )
@@ -680,7 +688,9 @@ class Recorder(TorchFunctionMode):
             return shape[0] if name == "__len__" else shape if dim is None else shape[dim]
         with self._inside():
             count = tensor.numel()
-        return count if self.builder is None else self.size_at(self._dimension(tensor, None), count)
+        if self.builder is None or self.plain:
+            return count
+        return self.size_at(self._dimension(tensor, None), count)
 
     def _attribute(self, func: Any, name: str, tensor: Tensor) -> Any:
         if name == "shape":

@@ -32,7 +32,15 @@ from torch import fx, nn
 from torchvision.models.convnext import LayerNorm2d as TorchvisionLayerNorm2d
 
 from torchcap.graph import heads, moving
-from torchcap.graph.attention import dot_product_attention, product
+from torchcap.graph.attention import added_product, dot_product_attention, product
+from torchcap.graph.functional import (
+    FUNCTIONAL_CONVOLUTIONS,
+    batch_norm_function,
+    convolution_function,
+    group_norm_function,
+    layer_norm_function,
+    linear_function,
+)
 from torchcap.graph.layers import (
     batch_norm,
     blur_pool,
@@ -243,6 +251,18 @@ _LAYER_NORM = _operator(layer_norm, heads.norm_of_heads, "norm")
 _PRODUCT = _operator(scaling, heads.scaling, "product", Held)
 _MATRIX_PRODUCT = _operator(product, product)
 
+LAYER_FUNCTIONS: Mapping[Target, Operator] = {
+    F.linear: _operator(linear_function, linear_function),
+    **dict.fromkeys(FUNCTIONAL_CONVOLUTIONS, _operator(convolution_function)),
+    **dict.fromkeys(
+        (F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm),
+        _operator(layer_norm_function, layer_norm_function),
+    ),
+    F.batch_norm: _operator(batch_norm_function),
+    F.group_norm: _operator(group_norm_function),
+}
+"""Functions that may be given a layer's own weights, and then are that layer."""
+
 OPERATORS: Mapping[Target, Operator] = {
     **dict.fromkeys(CONVOLUTIONS, _CONVOLUTION),
     **dict.fromkeys(LINEARS, _LINEAR),
@@ -345,6 +365,8 @@ OPERATORS: Mapping[Target, Operator] = {
     **dict.fromkeys((torch.tensor_split, "tensor_split"), _operator(moving.splitting)),
     **dict.fromkeys((torch.stack,), _operator(stacking)),
     **dict.fromkeys(_MATRIX_PRODUCTS, _MATRIX_PRODUCT),
+    **dict.fromkeys((torch.addmm, "addmm", torch.baddbmm, "baddbmm"), _operator(added_product)),
+    **LAYER_FUNCTIONS,
     F.scaled_dot_product_attention: _operator(dot_product_attention, dot_product_attention),
 }
 

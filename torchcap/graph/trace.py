@@ -160,6 +160,7 @@ class Tracer:
         self.inputs = default_inputs(model) if example_inputs is None else as_inputs(example_inputs)
         self.unread: dict[str, str] = {}
         self.real = False
+        self.plain = False
 
     def tracing(self) -> Tracing:
         """Read the model's graphs, in evaluation and in training mode.
@@ -242,10 +243,12 @@ class Tracer:
             unread=self.unread,
             shapes={} if fake is None else SHAPES,
             functions=self.functions,
+            plain=self.plain,
             **changes,
         )
-        places = attribute_sizes(copied, lambda module: id(module) in leaves)
-        put_sizes_(copied, [(at, recorder.size_at(at, at.get(copied))) for at in places])
+        if not self.plain:
+            places = attribute_sizes(copied, lambda module: id(module) in leaves)
+            put_sizes_(copied, [(at, recorder.size_at(at, at.get(copied))) for at in places])
         try:
             output = self._run(recorder, fake, inputs)
         except Exception as error:  # a user's forward may raise anything on a wrong shape
@@ -424,9 +427,10 @@ class GraphRunner(fx.Interpreter):
     Args:
         model: of the structure of the one that was read.
         traced: its graph.
+        keep: whether values are kept when nothing reads them any more.
     """
 
-    def __init__(self, model: nn.Module, traced: Traced) -> None:
+    def __init__(self, model: nn.Module, traced: Traced, *, keep: bool = True) -> None:
         twin = shadow(model)
         set_mode(twin, training=traced.mode == "train")
         for node in traced.graph.find_nodes(op="call_module"):
@@ -434,7 +438,7 @@ class GraphRunner(fx.Interpreter):
                 getattr(twin.get_submodule(str(node.target)), name).clear()
         for name, constant in traced.constants.items():
             setattr(twin, name, constant)
-        super().__init__(twin, garbage_collect_values=False, graph=traced.graph)
+        super().__init__(twin, garbage_collect_values=not keep, graph=traced.graph)
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of a node's call, in lists of its own that it may write into."""

@@ -44,6 +44,19 @@ class Held(Opaque):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Weight(Opaque):
+    """A tensor of a layer that is handed to a function, which may do what the layer does.
+
+    Attributes:
+        module: qualified name of the layer.
+        name: of the tensor in it.
+    """
+
+    module: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Channels:
     """A tensor whose channels are followed along one dimension.
 
@@ -236,6 +249,7 @@ class Call:
         operator_of: finds the operator of a module, for layers that hold others inside.
         kind_of: tells the kind of the operator at another node.
         module_of: finds the module that another node calls.
+        layer_at: finds the module of a qualified name.
         folds: qualified names of the normalisations that will be folded into the layer before.
         streams: whether channels that are joined by a skip addition may be dropped.
         values: what is known of the nodes before this one.
@@ -251,6 +265,7 @@ class Call:
     operator_of: Callable[[nn.Module], Operator | None]
     kind_of: Callable[[fx.Node], Kind | None]
     module_of: Callable[[fx.Node], nn.Module | None]
+    layer_at: Callable[[str], nn.Module]
     folds: Container[str] = ()
     streams: bool = False
     values: Mapping[fx.Node, Value] = field(default_factory=dict)

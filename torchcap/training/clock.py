@@ -111,7 +111,7 @@ def measure_latency(
     if any(p.is_meta for p in model.parameters()):
         raise ModelError("a model on the meta device takes no time; load its weights first")
     inputs = default_inputs(model) if example_inputs is None else as_inputs(example_inputs)
-    graph = Reader(leaves, rules, streams)(model, inputs.args or inputs.kwargs)
+    graph = Reader(leaves, rules, streams).proven(model, inputs.args or inputs.kwargs)
     narrow, uneven = Plan.uniform(graph, NARROW, multiple_of=EVEN), _uneven_plan(graph)
     folded = copy.deepcopy(model).eval()
     fold_(folded, graph.folds)

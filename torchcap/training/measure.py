@@ -105,7 +105,7 @@ def sensitivity(  # noqa: PLR0913 - an argument for each thing that may be said
     """
     source = as_source(data, model, seed)
     first = source.first()
-    graph = Reader(leaves, rules, streams)(
+    graph = Reader(leaves, rules, streams).proven(
         model, first.inputs if example_inputs is None else example_inputs
     )
     ranks = _ranks(graph, shares, spaces)

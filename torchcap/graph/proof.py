@@ -1,0 +1,289 @@
+"""The proof that comes with a reading: the graph runs, and gives what the model gives.
+
+A copy of the model, with all parameters changed, and the graph run on the same random inputs: of
+another batch size than the example, and of another image size where the model takes one. So no
+constant hides in the graph, and no operator has been missed. Where a graph holds for the sizes of
+the example alone, the forward is recorded for the others too, and both are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from torchcap.graph.calls import written_by
+from torchcap.graph.copies import set_mode, shadow, undisturbed
+from torchcap.graph.inputs import Inputs, flattened
+from torchcap.graph.stand_ins import plain_transformers
+from torchcap.graph.trace import GraphRunner, Traced, Tracer, Tracing, first_line
+from torchcap.nests import mapped, tensors_in
+
+_MOST_KEPT = 2**26
+"""Entries of module outputs that are kept for the comparison; further ones are not compared."""
+
+_SEED = 20_190_616
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What a proof has found.
+
+    Attributes:
+        graphs: recorded for other sizes, where the graph of the example does not hold for them.
+        mismatch: where a graph computes something else than the model; None if none does.
+    """
+
+    graphs: tuple[Traced, ...] = ()
+    mismatch: str | None = None
+
+
+def prove(tracer: Tracer, tracing: Tracing) -> Proof:
+    """Run the evaluation graphs beside the model; the model is not changed.
+
+    Args:
+        tracer: has recorded the model.
+        tracing: what it has recorded.
+    """
+    model = _changed(tracer.model)
+    whole = tracing.whole
+    if whole is None:
+        return Proof(mismatch=_compare_pieces(model, tracer, tracing))
+    if whole.strange is not None:
+        return Proof()
+    for inputs in _others(tracer.inputs):
+        mismatch = _compared(model, whole, inputs)
+        if mismatch is None:  # the model is made for other sizes
+            continue
+        if not mismatch:
+            break
+        again = tracer.record(inputs=inputs).graphs[0]
+        mismatch = _compared(model, again, inputs)
+        if mismatch:
+            return Proof(mismatch=mismatch)
+        return Proof((replace(again, turned=True),))
+    return Proof()
+
+
+def _compared(model: nn.Module, traced: Traced, inputs: Inputs) -> str | None:
+    """Return where a graph computes something else than its model: "" for nowhere.
+
+    None if the model does not run on the inputs.
+    """
+    kept = [(tensor, tensor.clone()) for tensor in _written(model, traced)]
+    seen: dict[tuple[str, int], Tensor] = {}
+    try:
+        with _outputs_noted(model, traced, seen):
+            expected = _quietly(model, lambda: model(*inputs.args, **inputs.kwargs))
+    except Exception:  # it may be made for one size alone
+        return None
+    for tensor, before in kept:
+        tensor.copy_(before)
+    runner = _Comparison(model, traced, seen)
+    try:
+        found = _quietly(model, lambda: runner.run(*flattened(model, inputs)))
+    except Exception as error:  # a constant of the example's sizes does not fit
+        return runner.last + f" ({first_line(error)})"
+    if runner.first is not None:
+        return runner.first
+    return "" if same(found, expected) else "the output"
+
+
+class _Comparison(GraphRunner):
+    """Runs a graph, and compares what modules put out with what has been seen of them.
+
+    Attributes:
+        first: the first difference; None if there is none.
+        last: the node that has run last.
+    """
+
+    def __init__(
+        self, model: nn.Module, traced: Traced, seen: Mapping[tuple[str, int], Tensor]
+    ) -> None:
+        super().__init__(model, traced, keep=False)
+        self.outputs, self.seen = traced.outputs, seen
+        self.first: str | None = None
+        self.last = "the first operator"
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node."""
+        self.last = f"{n.name!r}, at {n.meta.get('where')}"
+        result = super().run_node(n)
+        for key in self.outputs.get(n, ()):
+            expected = self.seen.get(key)
+            if self.first is None and expected is not None and not same([result], [expected]):
+                self.first = f"the output of {key[0]!r}"
+        return result
+
+
+@contextlib.contextmanager
+def _outputs_noted(
+    model: nn.Module, traced: Traced, seen: dict[tuple[str, int], Tensor]
+) -> Iterator[None]:
+    """Keep what some modules put out, for a while: those that follow each other in the graph."""
+    wanted = {path for calls in traced.outputs.values() for path, _ in calls if path}
+    count: Counter[str] = Counter()
+    total = 0
+
+    def note(path: str, _module: nn.Module, _args: Any, output: Any) -> None:
+        nonlocal total
+        if isinstance(output, Tensor) and total < _MOST_KEPT:
+            seen[path, count[path]] = output.clone()
+            total += output.numel()
+        count[path] += 1
+
+    handles = [
+        module.register_forward_hook(partial(note, path), prepend=True)
+        for path, module in model.named_modules()
+        if path in wanted
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _written(model: nn.Module, traced: Traced) -> Iterator[Tensor]:
+    """Yield the model's own tensors that its forward writes into."""
+    for node in traced.graph.nodes:
+        target = written_by(node, traced.module(node))
+        while target is not None and target.op != "get_attr" and target.all_input_nodes:
+            target = target.all_input_nodes[0]
+        if target is None or target.op != "get_attr" or target.target in traced.constants:
+            continue
+        path, _, name = str(target.target).rpartition(".")
+        tensor = getattr(model.get_submodule(path), name)
+        if isinstance(tensor, Tensor):
+            yield tensor
+
+
+def _changed(model: nn.Module) -> nn.Module:
+    """Return a copy in evaluation mode whose floating-point tensors have other values."""
+    number = 0
+
+    def other(tensor: Tensor) -> Tensor:
+        nonlocal number
+        number += 1
+        if not tensor.is_floating_point() and not tensor.is_complex():
+            return tensor.clone()
+        return tensor * (1 + 0.01 * (number % 7 + 1))
+
+    copied = shadow(model, lambda tensor: _like(tensor, other(tensor.detach())))
+    set_mode(copied, training=False)
+    return copied
+
+
+def _like(tensor: Tensor, value: Tensor) -> Tensor:
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(value, requires_grad=False)
+    return value
+
+
+def _others(inputs: Inputs) -> Iterator[Inputs]:
+    """Yield random inputs, first of other sizes: another batch and image, another batch."""
+    tensors = list(tensors_in((inputs.args, inputs.kwargs)))
+    if any(t.dim() >= 4 and t.is_floating_point() for t in tensors):
+        yield _redrawn(inputs, batch=True, image=True)
+    if any(t.dim() > 1 for t in tensors):
+        yield _redrawn(inputs, batch=True)
+    yield _redrawn(inputs)
+
+
+def _redrawn(inputs: Inputs, *, batch: bool = False, image: bool = False) -> Inputs:
+    """Return inputs of the same structure with random values, and perhaps other sizes."""
+    generator = torch.Generator().manual_seed(_SEED)
+
+    def other(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        shape = list(value.shape)
+        if batch and value.dim() > 1:
+            shape[0] = 2 if shape[0] != 2 else 1
+        if image and value.dim() >= 4:
+            shape[-2:] = [max(32, size * 3 // 4 // 32 * 32) for size in shape[-2:]]
+        if not value.is_floating_point():
+            rows = value.repeat(shape[0], *[1] * (value.dim() - 1)) if batch else value
+            return rows[: shape[0]]
+        drawn = torch.randn(shape, generator=generator)
+        return drawn.to(device=value.device, dtype=value.dtype)
+
+    args, kwargs = mapped((inputs.args, dict(inputs.kwargs)), other)
+    return Inputs(args, kwargs)
+
+
+def _quietly(model: nn.Module, run: Callable[[], Any]) -> list[Tensor]:
+    with (
+        torch.inference_mode(mode=False),
+        torch.no_grad(),
+        undisturbed(model),
+        plain_transformers(),
+    ):
+        torch.manual_seed(_SEED)
+        return list(tensors_in(run()))
+
+
+def same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """Whether two lists of tensors agree up to rounding, or are not numbers in the same places."""
+    return len(found) == len(expected) and all(
+        f.shape == e.shape and _close(f, e) for f, e in zip(found, expected, strict=True)
+    )
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    if not expected.is_floating_point():
+        return bool(torch.equal(found, expected))
+    scale = float(expected.double().nan_to_num(0, 0, 0).abs().amax()) if expected.numel() else 0.0
+    return torch.allclose(
+        found.double(), expected.double(), rtol=_TOLERANCE, atol=1e-6 + _TOLERANCE * scale,
+        equal_nan=True,
+    )  # fmt: skip
+
+
+def _compare_pieces(model: nn.Module, tracer: Tracer, tracing: Tracing) -> str | None:
+    """Return where a piece computes something else than its module does in a forward."""
+    pieces = {t.piece: t for t in reversed(tracing.evaluations) if t.strange is None}
+    calls: dict[str, tuple[Inputs, list[Tensor]]] = {}
+
+    def note(path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if path not in calls:
+            calls[path] = Inputs(*mapped((args, dict(kwargs)), _own)), [
+                tensor.clone() for tensor in tensors_in(output)
+            ]
+
+    handles = [
+        model.get_submodule(path).register_forward_hook(
+            partial(note, path), with_kwargs=True, prepend=True
+        )
+        for path in pieces
+    ]
+    inputs = tracer.inputs
+    try:
+        _quietly(model, lambda: model(*inputs.args, **inputs.kwargs))
+    except Exception:  # with other weights it takes a way that fails
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+    for path, (given, expected) in calls.items():
+        piece = model.get_submodule(path)
+        try:
+            runner = GraphRunner(model, pieces[path], keep=False)
+            found = _quietly(piece, lambda r=runner, p=piece, g=given: r.run(*flattened(p, g)))
+        except Exception:  # its sizes follow values
+            continue
+        if not same(found, expected) and len(found) == len(expected):
+            if [f.shape for f in found] == [e.shape for e in expected]:
+                return f"the output of {path!r}"
+    return None
+
+
+def _own(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
