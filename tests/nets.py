@@ -277,7 +277,7 @@ class ReshapeToNumbers(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Residual networks
 
-STREAM = "residual stream: joined at"
+STREAM = "residual stream: joined, at"
 
 
 class IdentityBlock(nn.Module):
@@ -1083,6 +1083,7 @@ class TwoNames(nn.Module):
 
 
 @truth(
+    Space(8, "fixed", "conv1", reason="already parametrized"),
     Space(6, "stiefel", "conv2", "conv3"),
     Space(4, "fixed", "conv3", reason=OUTPUT),
 )

@@ -411,10 +411,10 @@ class FixedWidth(Attention):
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, HEADS * SIZE))
 
 
-class ScaleOfTheForward(Attention):
+class ScaledTwice(Attention):
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        scores = (query * self.head_dim**-0.5) @ key.transpose(-2, -1)
-        return scores.softmax(-1) @ value
+        scores = (query * self.head_dim**-0.25) @ key.transpose(-2, -1)
+        return (scores / self.head_dim).softmax(-1) @ value
 
 
 class QueriesUsedTwice(Attention):
@@ -468,7 +468,7 @@ class ScaleInOneMode(Attention):
         (ScaleOfTheLayer, "qkv.out_features is read outside of its layer"),
         (ScaleInOneMode, "scaled in one mode and not in the other"),
         (FixedWidth, "reshaped to a fixed number of channels"),
-        (ScaleOfTheForward, "counted by head_dim, which is used in other ways too"),
+        (ScaledTwice, "counted by head_dim, which is used in other ways too"),
         (QueriesUsedTwice, "is read in several places"),
         (Rotary, "indexed along the channels"),
         (Grouped, "arguments that its rule does not know"),

@@ -95,6 +95,7 @@ SELECTED: dict[str, Layer] = {
     "EvoNorm2dS0 in groups": lambda: evo_norm.EvoNorm2dS0(6, group_size=3),
     "EvoNorm2dS0a": lambda: evo_norm.EvoNorm2dS0a(6, groups=2),
     "EvoNorm2dS1": lambda: evo_norm.EvoNorm2dS1(6, groups=2),
+    "GatherExcite": lambda: tl.GatherExcite(6, use_mlp=False),
     "EvoNorm2dS2a": lambda: evo_norm.EvoNorm2dS2a(6, groups=2, act_layer=nn.GELU),
 }
 REFUSED: dict[str, tuple[Layer, str]] = {
@@ -115,7 +116,6 @@ REFUSED: dict[str, tuple[Layer, str]] = {
     "MultiheadAttention": (Attended, "computes with all of its weights"),
     "LSTM": (Recurrent, "no rule"),
     "EcaModule": (lambda: tl.EcaModule(6), "no rule"),
-    "GatherExcite": (lambda: tl.GatherExcite(6, use_mlp=False), "no rule"),
     "normalised weights": (
         lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 6, 1)),
         "already parametrized",

@@ -409,7 +409,7 @@ def test_a_batch_that_starts_again_lets_go_of_what_it_has_passed() -> None:
 
     model = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(9))).double().eval()
     replay = replay_of(model, data=batches(1), memory=0)
-    for layer in replay.student.module.children():
+    for layer in replay.student.interpreter.module.children():
         layer.register_forward_hook(count)
     list(replay.visit(Station("8", 9, 9)))
     assert len(counts) == 8
@@ -470,17 +470,16 @@ class Counting(nn.Module):
 
 
 class Remembering(nn.Module):
-    """A value of an earlier forward, which a trace takes for a constant."""
+    """A value of an earlier forward, which a recording takes for a constant."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3)
-        self.scale = [1.0]
+        self.scale = [torch.tensor(1.0)]
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x) * self.scale[-1]
-        if not isinstance(y, fx.Proxy):
-            self.scale.append(float(y.detach().abs().mean()))
+        self.scale.append(y.detach().abs().mean())
         return y
 
 

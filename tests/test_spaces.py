@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -310,9 +312,15 @@ def test_graph_module_has_the_spaces_of_its_model(net: str) -> None:
     model, inputs = NETS[net].model(), NETS[net].inputs()
     code = fx.symbolic_trace(model)
     before = (str(code.graph), code.code)
-    assert analyze(code, inputs).spaces == analyze(model, inputs).spaces
+    found, expected = analyze(code, inputs).spaces, analyze(model, inputs).spaces
+    assert list(map(without_place, found)) == list(map(without_place, expected))
     assert (str(code.graph), code.code) == before
     assert not any("val" in node.meta for node in code.graph.nodes)
+
+
+def without_place(space: ChannelSpace) -> ChannelSpace:
+    """Return a space whose reason does not name a place in the code."""
+    return replace(space, reason=space.reason.partition(", at ")[0])
 
 
 @pytest.mark.parametrize(
@@ -320,7 +328,9 @@ def test_graph_module_has_the_spaces_of_its_model(net: str) -> None:
 )
 def test_model_on_the_meta_device_is_read(net: str) -> None:
     inputs = tuple(tensor.to("meta") for tensor in NETS[net].inputs())
-    assert analyze(NETS[net].model().to("meta"), inputs) == read(net)
+    graph = analyze(NETS[net].model().to("meta"), inputs)
+    assert any("not proven" in note for note in graph.notes)
+    assert replace(graph, notes=()) == replace(read(net), notes=())
 
 
 def test_inputs_may_be_a_tensor_a_tuple_or_names() -> None:
@@ -449,7 +459,8 @@ def test_rule_of_the_user_comes_before_the_table() -> None:
         return call.give_up("not today")
 
     graph = analyze(ConvChain(), IMAGE, rules={F.relu: refuse})
-    assert (graph["conv1"].freedom, graph["conv1"].reason) == ("fixed", "not today")
+    assert graph["conv1"].freedom == "fixed"
+    assert graph["conv1"].reason.startswith("not today, at nets.py:")
     assert analyze(ConvChain(), IMAGE)["conv1"].freedom == "stiefel"
 
 
@@ -516,7 +527,9 @@ def test_module_that_branches_is_read_or_is_a_boundary_without_being_named(
     graph = analyze(model, IMAGE)
     free = ["conv1", "conv2"] if gate is Doubler else ["conv2"]
     assert [space.name for space in graph.free] == free
-    assert any(re.search(r"test_spaces.py:\d+ \(.*> 1\)", note) for note in graph.notes)
+    if gate is ValueDoubler:
+        pattern = r"'gate' is read in pieces.*test_spaces.py:\d+ \(float\(x.sum\(\)\)\)"
+        assert any(re.search(pattern, note) for note in graph.notes)
     assert all(module.training for module in model.modules())
 
 

@@ -20,7 +20,15 @@ from proofs import (
 from small_nets import fingerprint
 from torch import Tensor, fx, nn
 
-from torchcap import ClosedForm, Recipe, TraceError, analyze, compress, cost
+from torchcap import (
+    ClosedForm,
+    NothingToCompressError,
+    Recipe,
+    TraceError,
+    analyze,
+    compress,
+    cost,
+)
 from torchcap.graph.analyze import leaf_rule
 from torchcap.graph.rules import OPERATORS
 from torchcap.graph.trace import Tracer, Tracing
@@ -158,8 +166,23 @@ def test_weights_that_are_read_past_their_layer_stay() -> None:
     prove(model, (IMAGE.double(),))
 
 
-def test_model_that_takes_a_list_is_read_in_pieces() -> None:
+def test_model_that_takes_a_list_is_read() -> None:
     model = made(Detector())
+    inputs = (list(IMAGE.double()),)
+    assert free_of(model, inputs) == {"backbone.0": 8, "backbone.2": 4, "heads.0.0": 6}
+    assert traced(model, inputs).whole is not None
+    prove(model, inputs)
+
+
+class Threshold(Detector):
+    """Looks at the images, so that only pieces of it can be read."""
+
+    def forward(self, images: list[Tensor]) -> list[Tensor]:
+        return super().forward([image for image in images if bool(image.mean() > -1e9)])
+
+
+def test_model_that_looks_at_values_is_read_in_pieces() -> None:
+    model = made(Threshold())
     inputs = (list(IMAGE.double()),)
     assert free_of(model, inputs) == {"backbone.0": 8, "heads.0.0": 6}
     assert traced(model, inputs).whole is None
@@ -168,17 +191,19 @@ def test_model_that_takes_a_list_is_read_in_pieces() -> None:
 
 
 def test_model_in_pieces_is_compressed_by_its_weights_alone() -> None:
-    model, inputs = Detector().eval(), (list(IMAGE),)
+    model, inputs = Threshold().eval(), (list(IMAGE),)
     small = compress(model, example_inputs=inputs)
     assert [tuple(layer.weight.shape[:2]) for layer in small.heads[0][::2]] == [(3, 4), (2, 3)]
     batches = [{"images": list(IMAGE)}]
-    with pytest.raises(TraceError, match=r"only pieces of 'Detector'.*LargestNorm"):
+    with pytest.raises(TraceError, match=r"(?s)only pieces of 'Threshold'.*LargestNorm"):
         compress(model, batches, recipe=Recipe(start=ClosedForm()), example_inputs=inputs)
 
 
-def test_model_without_a_piece_that_can_be_traced_is_refused() -> None:
-    with pytest.raises(TraceError, match="cannot trace 'Hopeless', nor any part of it"):
-        analyze(Hopeless(), IMAGE)
+def test_model_without_a_piece_that_can_be_read_is_refused_with_the_reason() -> None:
+    (space,) = analyze(Hopeless(), IMAGE).spaces
+    assert "bool(x.sum() > 0)" in space.reason
+    with pytest.raises(NothingToCompressError, match=r"looks at the values of a tensor"):
+        compress(Hopeless(), example_inputs=IMAGE)
 
 
 def test_streams_are_spaces_if_asked_for() -> None:

@@ -20,7 +20,7 @@ from torchcap.graph.proof import prove
 from torchcap.graph.recorder import LeafRule
 from torchcap.graph.rules import OPERATORS, Rules, Target, find_module_operator, is_patched
 from torchcap.graph.spaces import SpaceGraph
-from torchcap.graph.trace import Traced, Tracer, is_builtin_leaf
+from torchcap.graph.trace import Traced, Tracer, is_builtin_leaf, on_meta
 from torchcap.graph.values import Operator, as_operator
 
 
@@ -66,14 +66,6 @@ def analyze(
         Minnehan & Savakis, "Cascaded Projection", CVPR 2019, sec. 3.5 (what residual networks
         leave fixed).
     """
-    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        raise ModelError(
-            f"{type(model).__name__!r} cannot be read: a torch.nn.Module was expected, not a "
-            "scripted or frozen one; pass the module that it was made from"
-        )
-    for path, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ModelError(f"{path!r} is scripted and cannot be read; use what it was made from")
     reader = Reader(leaves, rules, streams)
     return reader.read(model, example_inputs, most=_PROVEN_MACS)
 
@@ -132,6 +124,7 @@ class Reader:
         Raises:
             TraceError: if the model cannot be read, or the proof fails.
         """
+        _check_kind(model)
         operators = known_operators(self.rules)
         tracer = _tracer(model, example_inputs, self.leaves, operators)
         found = _read(tracer, operators, streams=self.streams, most=most)
@@ -164,6 +157,17 @@ class Reader:
         return whole
 
 
+def _check_kind(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            f"{type(model).__name__!r} cannot be read: a torch.nn.Module was expected, not a "
+            "scripted or frozen one; pass the module that it was made from"
+        )
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(f"{path!r} is scripted and cannot be read; use what it was made from")
+
+
 @dataclass(frozen=True, slots=True)
 class _Found:
     """A reading, and where its proof failed; None if it did not."""
@@ -182,7 +186,7 @@ def _read(
     more, unread = other_sides(tracer, tracing, reading.branches())
     notes: list[str] = []
     if most > 0:
-        if any(tensor.is_meta for tensor in tracer.model.state_dict().values()):
+        if on_meta(tracer.model):
             notes.append("not proven: the model has no weights (meta device)")
         elif graph.macs > most:
             notes.append("not proven, because a forward is long; prepare() and compress() do it")

@@ -8,17 +8,31 @@ what they were.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
+from torchcap.graph import heads, operators
 from torchcap.graph.channels import Ids
-from torchcap.graph.heads import fitting, settled, spread
+from torchcap.graph.heads import fitting, follows, settled, spread
+from torchcap.graph.numbers import pin_settings
 from torchcap.graph.operators import addition
-from torchcap.graph.values import Call, Channels, Heads, Opaque, Value, flat
+from torchcap.graph.values import (
+    Call,
+    Channels,
+    Heads,
+    Opaque,
+    Root,
+    Scores,
+    Value,
+    flat,
+    followed_ids,
+)
 
 
 def product(call: Call) -> Value:
@@ -37,8 +51,48 @@ def product(call: Call) -> Value:
     rows = _paired(spread(left), -1, spread(right), -2)
     if rows is None:
         return call.give_up("multiplied along different channels")
-    call.table.contract(call.where, *rows)
-    return Opaque(call.shape)
+    key = call.table.contract(call.where, *rows)
+    return Scores(call.shape, key, rows[0], _writer(call, ("input", "other")))
+
+
+def scaling(call: Call) -> Value:
+    """A product or quotient, which may be that of scores, or of queries, and a root of a size."""
+    roots = [v for v in (*call.args, *call.kwargs.values()) if isinstance(v, Root)]
+    if not roots:
+        pin_settings(call)
+        rule = heads.scaling if call.has_heads() else operators.scaling
+        return rule(call)
+    found = _divided(call, *call.args) if len(call.args) == 2 and not call.kwargs else None
+    if found is not None:
+        return found
+    if any(followed_ids(root) is not None for root in roots):
+        return call.give_up("multiplied with a root of its number of channels")
+    pin_settings(call)
+    plain = tuple(v.number if isinstance(v, Root) else v for v in call.args)
+    return scaling(replace(call, args=plain, kwargs={}))
+
+
+def _divided(call: Call, x: Value, root: Value) -> Value | None:
+    """Divide by the root of a number of channels, and let the layer behind make up for it."""
+    divides = call.node.target in _DIVISIONS
+    if not isinstance(root, Root) or root.power != (0.5 if divides else -0.5):
+        return None
+    if isinstance(x, Scores):
+        rows, writer = x.rows, x.writer
+    elif isinstance(x, Channels | Heads):
+        rows, writer = spread(x).rows, written_by_layer(call.node.args[0], call)
+    else:
+        return None
+    if writer is None or not follows(call, root.size, rows):
+        return None
+    if isinstance(x, Scores):
+        call.table.divide(x.key, writer)
+        return Opaque(call.shape)
+    call.table.divide_side(rows, writer)
+    return replace(x, shape=call.shape)
+
+
+_DIVISIONS = {operator.truediv, torch.div, "div", "div_", torch.divide, "divide"}
 
 
 def added_product(call: Call) -> Value:
@@ -84,7 +138,7 @@ def dot_product_attention(call: Call) -> Value:
     if len(followed) != len(given) or call.argument(7, "enable_gqa", default=False):
         return call.give_up(call.unexpected)
     scaled = call.argument(6, "scale") is None  # then by the root of the number of channels
-    writer = _writer(call) if scaled else None
+    writer = _writer(call, ("query", "key")) if scaled else None
     pair = [x for x in (query, key) if isinstance(x, Channels | Heads)]
     rows = _paired(spread(pair[0]), -1, spread(pair[1]), -1) if len(pair) == 2 else None
     if rows is None or (scaled and writer is None):
@@ -97,17 +151,17 @@ def dot_product_attention(call: Call) -> Value:
     return _multiplied(call, spread(value), kept=-1, summed=-2)
 
 
-def _writer(call: Call) -> str | None:
+def _writer(call: Call, names: tuple[str, str]) -> str | None:
     """Return the layer that wrote the queries, if nothing but moves is done to them afterwards.
 
     None if there is none, or if it wrote the keys too and the two cannot be told apart.
     """
     query, key = (
         call.node.args[place] if place < len(call.node.args) else call.node.kwargs.get(name)
-        for place, name in enumerate(("query", "key"))
+        for place, name in enumerate(names)
     )
-    wrote, other = _written_by(query, call), _written_by(key, call)
-    pair = [call.argument(0, "query"), call.argument(1, "key")]
+    wrote, other = written_by_layer(query, call), written_by_layer(key, call)
+    pair = [call.argument(place, name) for place, name in enumerate(names)]
     if wrote is not None and wrote == other:
         followed = [x.ids for x in pair if isinstance(x, Channels | Heads)]
         apart = len(followed) == 2 and not np.isin(followed[0], followed[1]).any()
@@ -116,7 +170,7 @@ def _writer(call: Call) -> str | None:
     return wrote
 
 
-def _written_by(node: Any, call: Call) -> str | None:
+def written_by_layer(node: Any, call: Call) -> str | None:
     """Return the layer that wrote a value which has only been moved since."""
     while isinstance(node, fx.Node):
         path = str(node.target)

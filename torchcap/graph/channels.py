@@ -24,6 +24,9 @@ Ids = NDArray[np.int64]
 Share = tuple[Ids, Fraction]
 """Some channels, and what their number is multiplied with."""
 
+ProductKey = tuple[str, int, int, int]
+"""What tells one dot product from all others: its place, its two sides, how often it was met."""
+
 UNKNOWN = -1
 """The space of channels that stand on no layer's axis."""
 
@@ -92,10 +95,12 @@ class Scaling:
     Attributes:
         writer: qualified name of the layer that wrote one of the two sides, and nothing else.
         ids: what it wrote, ``(heads, channels of one)``.
+        roots: how often it is divided.
     """
 
     writer: str
     ids: Ids
+    roots: int = 1
 
 
 @dataclass(slots=True)
@@ -119,9 +124,9 @@ class ChannelTable:
     _nonlinear: list[Ids] = field(default_factory=list)
     _contractions: list[tuple[Ids, Ids]] = field(default_factory=list)
     _balances: list[tuple[Ids, str]] = field(default_factory=list)
-    _products: dict[tuple[str, int, int, int], tuple[Ids, Ids, Scaling | None]] = field(
-        default_factory=dict
-    )
+    _products: dict[ProductKey, tuple[Ids, Ids, Scaling | None]] = field(default_factory=dict)
+    _rooted: dict[int, Scaling] = field(default_factory=dict)
+    _consumed: set[int] = field(default_factory=set)
     _met: Counter[tuple[str, int, int]] = field(default_factory=Counter)
     _agreements: list[tuple[Share, Share, str]] = field(default_factory=list)
     bound: list[tuple[tuple[Place, ...], Ids]] = field(default_factory=list)
@@ -172,7 +177,7 @@ class ChannelTable:
         """Note that the rows of ``pieces``, ``(pieces, channels)``, must keep equal widths."""
         self._balances.append((pieces, reason))
 
-    def contract(self, name: str, left: Ids, right: Ids, writer: str | None = None) -> None:
+    def contract(self, name: str, left: Ids, right: Ids, writer: str | None = None) -> ProductKey:
         """Note that two tensors meet in a dot product, head by head.
 
         Args:
@@ -181,9 +186,22 @@ class ChannelTable:
             right: of the other side.
             writer: where the operator divides by the root of the number of channels, the layer that
                 wrote the left side and can be scaled instead.
+
+        Returns:
+            what the product is called.
         """
         self._contractions.append((left.ravel(), right.ravel()))
-        scaling = None if writer is None else Scaling(writer, left)
+        for rows, other in ((left, right), (right, left)):
+            rooted = self._rooted.get(int(rows.flat[0]))
+            if rooted is not None and np.array_equal(rooted.ids, rows):
+                self._consumed.add(int(rows.flat[0]))
+                return self._note_product(name, rows, other, rooted.writer, 1 + bool(writer))
+        return self._note_product(name, left, right, writer, 1)
+
+    def _note_product(
+        self, name: str, left: Ids, right: Ids, writer: str | None, roots: int
+    ) -> ProductKey:
+        scaling = None if writer is None else Scaling(writer, left, roots)
         place = (name, int(left.flat[0]), int(right.flat[0]))
         self._met[place] += 1
         key = (*place, self._met[place])
@@ -191,6 +209,17 @@ class ChannelTable:
         if known is not None and (known[2] is None) != (scaling is None):
             self.fix(left, f"scaled in one mode and not in the other, at {name!r}")
         self._products[key] = left, right, scaling
+        return key
+
+    def divide(self, key: ProductKey, writer: str) -> None:
+        """Note that a product is divided by the root of its number of channels after all."""
+        left, right, scaling = self._products[key]
+        roots = 1 if scaling is None else scaling.roots + 1
+        self._products[key] = left, right, Scaling(writer, left, roots)
+
+    def divide_side(self, rows: Ids, writer: str) -> None:
+        """Note that a side of a product to come is divided by the root of its channels."""
+        self._rooted[int(rows.flat[0])] = Scaling(writer, rows)
 
     def role(self, module: str) -> str | None:
         """Return the role of a layer that has written or carried channels, if it has."""
@@ -225,8 +254,11 @@ class ChannelTable:
 
         Whoever scales what a layer writes must know that nothing else reads it.
         """
-        if not any(scaling for _, _, scaling in self._products.values()):
+        if not self._rooted and not any(s for _, _, s in self._products.values()):
             return []
+        for first, rooted in self._rooted.items():
+            if first not in self._consumed:
+                self.fix(rooted.ids, "divided by the root of its channels, for no dot product")
         labels = self.labels()
         read = [labels[axis.ids] for axis in self.axes.values() if axis.role == "consumer"]
         readers = np.concatenate(

@@ -136,7 +136,7 @@ def scaled_rows(table: ChannelTable, scaling: Scaling, counted: Counted) -> Scal
     rows = np.isin(sides[axis.ids], sides[scaling.ids])
     edges = np.flatnonzero(np.diff(np.concatenate([[False], rows, [False]])))
     stretches = tuple((int(a), int(b - a)) for a, b in edges.reshape(-1, 2))
-    return ScaledRows(scaling.writer, stretches, counted)
+    return ScaledRows(scaling.writer, stretches, counted, scaling.roots)
 
 
 def taps_of(

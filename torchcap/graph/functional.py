@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from torchcap.graph.operators import addition
-from torchcap.graph.values import Call, Heads, Value, Weight
+from torchcap.graph.values import Call, Heads, Held, Value, Weight
 
 FUNCTIONAL_CONVOLUTIONS: Mapping[Any, type[_ConvNd]] = {
     F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d,
@@ -89,7 +89,9 @@ def _as_layer(
     owners = {value.module for value in held.values()}
     fits = len(owners) == 1 and all(value.name == name for name, value in held.items())
     if not fits or "weight" not in held:
-        return call.give_up(f"{call.label} with a weight that is no layer's own")
+        other = given.get("weight")
+        whose = f" (it is held by {other.module!r})" if isinstance(other, Held) else ""
+        return call.give_up(f"no rule for {call.label} with a weight that is no layer's own{whose}")
     (path,) = owners
     layer = call.layer_at(path)
     operator = call.operator_of(layer)

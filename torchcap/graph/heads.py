@@ -240,7 +240,7 @@ def splitting_of_heads(call: Call) -> Value:
     if len(sizes) != len(pieces):
         return call.give_up("split into fixed numbers of channels")
     for piece, size in zip(pieces, sizes, strict=True):
-        if not _follows(call, size, piece.rows):
+        if not follows(call, size, piece.rows):
             return call.give_up("split into fixed numbers of channels")
         call.table.balance(piece.rows, call.at(_UNEVEN))
     return tuple(settled(piece) for piece in pieces)
@@ -277,7 +277,7 @@ def _pieces(call: Call) -> tuple[list[Heads], bool] | None:
     return pieces, axis == x.width
 
 
-def _follows(call: Call, size: Value, rows: Ids) -> bool:
+def follows(call: Call, size: Value, rows: Ids) -> bool:
     """Let a size follow the channels of each row; whether it can."""
     if isinstance(size, Setting) and size == rows.shape[1]:
         call.table.bind(size.places, rows)
@@ -326,7 +326,7 @@ def _stretch(call: Call, x: Channels, entries: list[Value], cut: slice) -> Value
         whole = type(end) is int and number >= len(x.ids) and default
         if end is None or whole or (number == 0 and type(end) is int):
             continue
-        if not _follows(call, end, x.ids[None, :number]):
+        if not follows(call, end, x.ids[None, :number]):
             return call.give_up(f"indexed along the channels by a fixed number ({end})")
     return Channels(call.shape, x.dim, x.ids[ends[0] : ends[1]])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from torchcap.graph.rules import (
     find_operator,
 )
 from torchcap.graph.sizes import Place
-from torchcap.graph.spaces import HeldSize, LayerCall, SpaceGraph
+from torchcap.graph.spaces import ChannelSpace, HeldSize, LayerCall, SpaceGraph
 from torchcap.graph.taps import find_sights
 from torchcap.graph.trace import Traced, Tracing, holds
 from torchcap.graph.values import (
@@ -121,7 +121,7 @@ class Interpretation:
         ]
         return SpaceGraph(
             model=type(self.model).__name__,
-            spaces=spaces,
+            spaces=tuple(sorted(spaces, key=self._place_in_forward())),
             tensors={name: tuple(p.shape) for name, p in self.model.named_parameters()},
             calls=tuple(self._calls()),
             folds=self.folds,
@@ -141,6 +141,11 @@ class Interpretation:
             yield f"no rule for {name} ({count} {'uses' if count > 1 else 'use'})"
         for place in self.unread_sides:
             yield f"the forward branches on sizes at {place}; only the side taken here is read"
+
+    def _place_in_forward(self) -> Callable[[ChannelSpace], int]:
+        """Return what sorts spaces by the first call of their first producer."""
+        order = {path: i for i, path in enumerate(dict.fromkeys(r.path for r in self.tracing.ran))}
+        return lambda space: order.get(space.producers[0].module, len(order))
 
     @property
     def kind(self) -> str:
@@ -193,7 +198,7 @@ class Interpretation:
                 return arithmetic(call)
         operator = find_operator(node, call.module, self.operators)
         knows = frozenset() if operator is None else operator.knows
-        if Setting not in knows:
+        if Setting not in knows and Root not in knows:
             pin_settings(call)
         if Held not in knows:
             self.astray |= {(v.module, v.name) for v in values if isinstance(v, Held)}
@@ -206,7 +211,9 @@ class Interpretation:
             rule = operator.heads
             if rule is None:
                 return call.give_up(f"no rule for heads in {call.label}")
-        sizes = [v for v in values if isinstance(v, Extent | Root)]
+        if Root not in knows and any(isinstance(v, Root) for v in values):
+            call = replace(call, args=_numbers(call.args), kwargs=_numbers(call.kwargs))
+        sizes = [v for v in values if isinstance(v, Extent | Root) and followed_ids(v) is not None]
         if any(type(v) not in knows for v in sizes):
             return call.give_up(f"its number of channels is used in {call.label}")
         try:
@@ -442,6 +449,15 @@ _WIDTHS = frozenset(
     }
 )  # fmt: skip
 """Attributes of layers that change with their channels."""
+
+
+def _numbers(value: Value) -> Any:
+    """Return nested values with the number in the place of a root of what a module holds."""
+    if isinstance(value, Mapping):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(_numbers, value))
+    return value.number if isinstance(value, Root) and followed_ids(value) is None else value
 
 
 def _measured(node: fx.Node) -> bool:

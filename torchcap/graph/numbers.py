@@ -7,7 +7,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-from torchcap.graph.values import Call, Extent, Root, Setting, Value, flat
+from torchcap.graph.values import Call, Extent, Root, Setting, Value, flat, followed_ids
 
 
 def arithmetic(call: Call) -> Value:
@@ -15,7 +15,10 @@ def arithmetic(call: Call) -> Value:
     values = list(flat((call.args, call.kwargs)))
     if any(isinstance(v, Extent | Root) for v in values):
         return _of_extents(call)
-    if call.node.target in {operator.mul} and all(isinstance(v, int) for v in call.args):
+    target = call.node.target
+    if target is operator.pow and isinstance(call.args[0], Setting) and call.args[1] in _HALVES:
+        return Root(*call.args)
+    if target is operator.mul and all(isinstance(v, int) for v in call.args):
         return _product(*call.args)
     pin_settings(call)
     return call.result
@@ -24,8 +27,9 @@ def arithmetic(call: Call) -> Value:
 def pin_settings(call: Call) -> None:
     """Note that an operator uses attributes in a way that cannot follow channels."""
     for value in flat((call.args, call.kwargs)):
-        if isinstance(value, Setting):
-            call.table.pin(value.places)
+        held = value.size if isinstance(value, Root) else value
+        if isinstance(held, Setting):
+            call.table.pin(held.places)
 
 
 def _product(left: int, right: int) -> int:
@@ -45,11 +49,15 @@ def _of_extents(call: Call) -> Value:
     left, right = call.args if len(call.args) == 2 else (call.args[0], None)
     rule = _RULES.get(target)
     found = None if rule is None else rule(call, left, right)
+    if found is None and all(followed_ids(v) is None for v in call.args):
+        pin_settings(call)  # the root of what a module holds
+        return call.result
     if found is None:
         return call.give_up(_BRANCH if call.node.meta.get("branch") else _COMPUTED)
     return found
 
 
+_HALVES = (0.5, -0.5)
 _BRANCH = "the forward branches on the number of channels"
 _COMPUTED = "its number of channels is computed with"
 
@@ -89,9 +97,11 @@ def _remainder(call: Call, left: Value, right: Value) -> Value | None:
 
 
 def _rooted(_: Call, left: Value, right: Value) -> Value | None:
-    if not isinstance(left, Extent) or right not in {0.5, -0.5}:
-        return None
-    return Root(left, right)
+    return Root(left, right) if isinstance(left, Extent) and right in _HALVES else None
+
+
+def _inverted(_: Call, left: Value, right: Value) -> Value | None:
+    return Root(right.size, -right.power) if left == 1 and isinstance(right, Root) else None
 
 
 def _compared(call: Call, left: Value, right: Value) -> Value | None:
@@ -115,6 +125,7 @@ _RULES: dict[Any, Callable[[Call, Value, Value], Value | None]] = {
     operator.add: _summed,
     operator.mod: _remainder,
     operator.pow: _rooted,
+    operator.truediv: _inverted,
     operator.eq: _compared,
     operator.ne: _compared,
 }

@@ -77,7 +77,8 @@ def _compared(model: nn.Module, traced: Traced, inputs: Inputs) -> str | None:
 
     None if the model does not run on the inputs.
     """
-    kept = [(tensor, tensor.clone()) for tensor in _written(model, traced)]
+    written = [*model.buffers(), *_written(model, traced)]
+    kept = [(tensor, tensor.clone()) for tensor in written]
     seen: dict[tuple[str, int], Tensor] = {}
     try:
         with _outputs_noted(model, traced, seen):

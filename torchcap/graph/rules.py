@@ -32,7 +32,14 @@ from torch import fx, nn
 from torchvision.models.convnext import LayerNorm2d as TorchvisionLayerNorm2d
 
 from torchcap.graph import heads, moving
-from torchcap.graph.attention import added_product, dot_product_attention, product
+from torchcap.graph.attention import (
+    added_product,
+    dot_product_attention,
+    product,
+    scaling,
+)
+from torchcap.graph.calls import assigned
+from torchcap.graph.factories import assignment, made
 from torchcap.graph.functional import (
     FUNCTIONAL_CONVOLUTIONS,
     batch_norm_function,
@@ -89,13 +96,12 @@ from torchcap.graph.operators import (
     pointwise,
     reduction,
     refusal,
-    scaling,
     size,
     spatial,
     together,
     unchanged,
 )
-from torchcap.graph.values import Extent, Held, Kind, Operator, Rule, Setting
+from torchcap.graph.values import Extent, Held, Kind, Operator, Root, Rule, Setting
 from torchcap.graph.weights import TRANSPOSED_CONVOLUTIONS
 
 Target = type[nn.Module] | Callable[..., Any] | str
@@ -248,7 +254,7 @@ _LINEAR = _operator(linear, heads.linear, "linear")
 _TRANSPOSED = _operator(transposed_convolution, kind="transposed convolution")
 _BATCH_NORM = _operator(batch_norm, kind="batch norm")
 _LAYER_NORM = _operator(layer_norm, heads.norm_of_heads, "norm")
-_PRODUCT = _operator(scaling, heads.scaling, "product", Held)
+_PRODUCT = _operator(scaling, scaling, "product", Held, Root)
 _MATRIX_PRODUCT = _operator(product, product)
 
 LAYER_FUNCTIONS: Mapping[Target, Operator] = {
@@ -367,6 +373,13 @@ OPERATORS: Mapping[Target, Operator] = {
     **dict.fromkeys(_MATRIX_PRODUCTS, _MATRIX_PRODUCT),
     **dict.fromkeys((torch.addmm, "addmm", torch.baddbmm, "baddbmm"), _operator(added_product)),
     **LAYER_FUNCTIONS,
+    **dict.fromkeys((torch.zeros, torch.ones), _operator(made(0), None, "other", Extent)),
+    torch.full: _operator(made(0), None, "other", Extent),
+    **dict.fromkeys(("new_zeros", "new_ones", "new_full"), _operator(made(1), None, "other", Extent)),
+    **dict.fromkeys(
+        (torch.empty, torch.rand, torch.randn), _operator(made(0, constant=False), None, "other", Extent)
+    ),
+    assigned: _operator(assignment),
     F.scaled_dot_product_attention: _operator(dot_product_attention, dot_product_attention),
 }
 

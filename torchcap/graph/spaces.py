@@ -200,11 +200,13 @@ class ScaledRows:
         module: qualified name of the layer that writes the queries.
         rows: the rows of its weight and bias, as (offset, length).
         counted: what the operator counts: the channels of one head.
+        roots: how often it divides.
     """
 
     module: str
     rows: tuple[tuple[int, int], ...]
     counted: Counted
+    roots: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -201,7 +201,7 @@ class Tracer:
         try:
             found = self.record(training=False)
         except ExampleInputsError:  # what fake tensors can't do, real ones may
-            if any(tensor.is_meta for tensor in self.model.state_dict().values()):
+            if on_meta(self.model):
                 raise
         else:
             if not found.record.values:
@@ -290,6 +290,11 @@ def is_builtin_leaf(module: nn.Module) -> bool:
     of_torch = type(module).__module__.startswith(("torch.nn.", "torch.ao.nn."))
     made_of_others = isinstance(module, (*TRANSFORMERS, nn.Sequential, DataParallel))
     return of_torch and not made_of_others
+
+
+def on_meta(model: nn.Module) -> bool:
+    """Whether a model has tensors without values."""
+    return any(t.is_meta for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None)
 
 
 def holds(outer: str, inner: str) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from torchcap.graph.channels import ChannelTable, Ids, Share
+from torchcap.graph.channels import ChannelTable, Ids, ProductKey, Share
 from torchcap.graph.sizes import Place
 
 
@@ -136,19 +136,6 @@ class Extent:
         return self.ids.ravel(), Fraction(self.times, self.parts)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Root:
-    """The root of a size that follows channels, or one by it: what attention divides scores by.
-
-    Attributes:
-        extent: the size.
-        power: 0.5 or -0.5.
-    """
-
-    extent: Extent
-    power: float
-
-
 class Setting(int):
     """An integer that the forward has from attributes of modules (``self.head_dim``).
 
@@ -166,6 +153,40 @@ class Setting(int):
         setting = cls(value)
         setting.places, setting.times = places, times
         return setting
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Root:
+    """The root of a size, or one by it: what attention divides its scores by.
+
+    Attributes:
+        size: that follows channels, or that a module holds.
+        power: 0.5 or -0.5.
+    """
+
+    size: Extent | Setting
+    power: float
+
+    @property
+    def number(self) -> float:
+        """The number, with the example inputs."""
+        whole = self.size.number if isinstance(self.size, Extent) else int(self.size)
+        return float(whole**self.power)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores(Opaque):
+    """The products of queries and keys.
+
+    Attributes:
+        key: what the table calls the product.
+        rows: the channels of the queries, ``(heads, channels of one)``.
+        writer: the layer that has written them; None if it is not known.
+    """
+
+    key: ProductKey
+    rows: Ids
+    writer: str | None
 
 
 Value = Any
@@ -222,7 +243,7 @@ def followed_ids(value: Value) -> Ids | None:
     """Return the channels that a value holds or counts; None if it does not follow any."""
     if isinstance(value, Channels | Heads | Extent):
         return value.ids
-    return value.extent.ids if isinstance(value, Root) else None
+    return followed_ids(value.size) if isinstance(value, Root) else None
 
 
 def opaque(result: Any) -> Value:
@@ -303,6 +324,10 @@ class Call:
     def followed(self) -> list[Channels]:
         """Return the tensors among the arguments whose channels are followed."""
         return [v for v in flat((self.args, self.kwargs)) if isinstance(v, Channels)]
+
+    def has_heads(self) -> bool:
+        """Whether channels of an argument are spread over several dimensions."""
+        return any(isinstance(v, Heads) for v in flat((self.args, self.kwargs)))
 
     def restrict_sum(self, left: Ids, right: Ids) -> None:
         """Note that two tensors are added up; channels that go past a layer stay, or are a choice.

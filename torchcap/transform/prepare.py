@@ -94,7 +94,7 @@ def _make_up_for_scales_(model: nn.Module, graph: SpaceGraph, plan: Plan) -> Non
         for tensor in (layer.weight, getattr(layer, "bias", None)):
             for offset, length in scaled.rows if isinstance(tensor, Tensor) else ():
                 assert isinstance(tensor, Tensor)  # noqa: S101 - has been seen above
-                tensor[offset : offset + length] *= float(share) ** 0.5
+                tensor[offset : offset + length] *= float(share) ** (0.5 * scaled.roots)
 
 
 def _projection(model: nn.Module, space: ChannelSpace, basis: Tensor) -> Projection:
