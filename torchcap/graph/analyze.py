@@ -85,14 +85,14 @@ def _tracer(
     leaves: Sequence[type[nn.Module]],
     operators: Mapping[Target, Operator],
 ) -> Tracer:
-    functions = [t for t in operators if isinstance(t, FunctionType) and not _is_of_torch(t)]
+    functions = [t for t in operators if isinstance(t, FunctionType) and not _is_seen(t)]
     is_leaf = leaf_rule(leaves, operators)
     return Tracer(model, example_inputs, is_leaf=is_leaf, functions=functions)
 
 
-def _is_of_torch(function: FunctionType) -> bool:
-    """Whether a function is one that a recording sees by itself."""
-    return function.__module__.startswith(("torch.", "torch._"))
+def _is_seen(function: FunctionType) -> bool:
+    """Whether a recording sees a function by itself."""
+    return function.__module__.startswith(("torch.", "torchcap."))
 
 
 @dataclass(frozen=True, slots=True)
