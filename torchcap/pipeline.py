@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,10 +22,10 @@ from torchcap.errors import (
     RecipeError,
 )
 from torchcap.graph.analyze import Reader
+from torchcap.graph.copies import copied
 from torchcap.graph.inputs import ExampleInputs
 from torchcap.graph.rules import Rules
 from torchcap.graph.spaces import SpaceGraph
-from torchcap.graph.copies import shadow
 from torchcap.plan.latency import LatencyTable
 from torchcap.plan.plan import Plan
 from torchcap.plan.sensitivity import Sensitivity
@@ -103,7 +102,7 @@ def prepare(  # noqa: PLR0913 - an argument for each thing that may be said
     _check_model(model)
     graph = Reader(leaves, rules, streams).proven(model, example_inputs)
     plan = _resolved(graph, ratio, plan)
-    student = copy.deepcopy(model)
+    student = copied(model)
     fold_(student, graph.folds)
     folded = graph.after_folding()
     bases: dict[str, Tensor] = {}
@@ -115,7 +114,7 @@ def prepare(  # noqa: PLR0913 - an argument for each thing that may be said
     bases |= bases_for(student, folded, others, init, data)
     state = project_(student, graph, plan, bases)
     lifts = [expansion(tap, state) for tap in graph.taps]
-    TeacherPass(model, graph.taps, lifts).attach(student)
+    TeacherPass(model, graph.taps, lifts, own=graph.written).attach(student)
     return student
 
 
@@ -342,7 +341,7 @@ class _Run(Generic[M]):
         self.file.finish_phase(bases=self.bases, solved=self.solved)
 
     def _folded(self) -> M:
-        folded = copy.deepcopy(self.model)
+        folded = copied(self.model)
         fold_(folded, self.graph.folds)
         return folded
 
@@ -361,7 +360,7 @@ class _Run(Generic[M]):
         part = {name: self.plan.choices[name] for name in turn.present}
         student, state = self._student(Plan(part, self.plan.model))
         lifts = [expansion(tap, state) for tap in self.graph.taps]
-        TeacherPass(self.model, self.graph.taps, lifts).attach(student)
+        TeacherPass(self.model, self.graph.taps, lifts, own=self.graph.written).attach(student)
         train_round(student, turn.train, self.source, schedule, self._watch("projections"))
         with torch.no_grad():
             trained = {name: state.projections[name]().detach().clone() for name in turn.train}
@@ -388,7 +387,7 @@ class _Run(Generic[M]):
 def _checked_batch(model: nn.Module, recipe: Recipe, source: Source) -> Batch:
     """Return the first batch, if the model and the recipe can use it: before any work is done."""
     first = source.first()
-    output = first.run(shadow(model).eval())
+    output = first.run(copied(model).eval())
     steps = (recipe.projections, recipe.relaxation, recipe.fine_tuning)
     if any(step is not None and step.labels > 0 for step in steps):
         cross_entropy(output, first)

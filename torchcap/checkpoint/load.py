@@ -17,9 +17,9 @@ from torchcap.checkpoint.structure import fit_, misfit, put_, skeleton, tensors_
 from torchcap.digest import digest
 from torchcap.errors import FileError
 from torchcap.graph.analyze import analyze
+from torchcap.graph.copies import shadow
 from torchcap.graph.inputs import ExampleInputs
 from torchcap.graph.rules import Rules
-from torchcap.graph.copies import shadow
 from torchcap.pipeline import prepare
 from torchcap.transform.student import unwrapped
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
 
+from torchcap.nests import tensors_in
+
 SIZES = frozenset({"size", "numel", "nelement", "__len__"})
 """Methods that give the sizes of a tensor."""
 
@@ -49,6 +51,25 @@ _SWAPPED: Mapping[str, Callable[..., Any]] = {
     **{f"__r{name}__": getattr(operator, f"__{name}__") for name in _BINARY},
     "__rdiv__": operator.truediv,
 }
+
+
+_FOLLOW_VALUES = frozenset(
+    {
+        "nonzero", "argwhere", "unique", "unique_consecutive", "unique_dim", "masked_select",
+        "bincount", "nms",
+    }
+)  # fmt: skip
+
+
+def follows_values(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the shape of a function's result depends on the values of a tensor."""
+    name = func.__name__
+    if name == "__getitem__":
+        return any(t.dtype in {torch.bool, torch.uint8} for t in tensors_in(args[1:]))
+    if name == "where":
+        return len(args) == 1
+    repeats = name == "repeat_interleave" and len(args) > 1 and isinstance(args[1], Tensor)
+    return repeats or name in _FOLLOW_VALUES
 
 
 def assigned(tensor: Tensor, index: Any, value: Any) -> Tensor:

@@ -14,7 +14,7 @@ import gc
 import random
 import types
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -75,15 +75,36 @@ def shadow(model: M, stand_in: Callable[[Tensor], Tensor] | None = None) -> M:
     Raises:
         ModelError: if the model cannot be copied.
     """
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        if not isinstance(parameter, UninitializedParameter):
-            plain = nn.Parameter(parameter.detach(), requires_grad=False)
-            memo[id(parameter)] = plain if stand_in is None else stand_in(plain)
-    for buffer in model.buffers():
-        plain_buffer = buffer.detach()
-        memo[id(buffer)] = plain_buffer if stand_in is None else stand_in(plain_buffer)
+    memo = _shared(model)
+    if stand_in is not None:
+        memo = {key: stand_in(tensor) for key, tensor in memo.items()}
     return copied(model, memo)
+
+
+def _shared(model: nn.Module) -> dict[int, Any]:
+    """Return a tensor that shares memory with each parameter and buffer, by the id of that."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=False)
+        for p in model.parameters()
+        if not isinstance(p, UninitializedParameter)
+    }
+    memo.update({id(buffer): buffer.detach() for buffer in model.buffers()})
+    return memo
+
+
+def running(model: M, own: Collection[str] = ()) -> M:
+    """Return a copy to run in evaluation mode, whose parameters share the original's memory.
+
+    Args:
+        model: any module; what a forward of the copy writes into buffers does not reach it.
+        own: names of the parameters that forwards write into, which the copy has for itself.
+    """
+    copied_ones = {id(parameter) for n, parameter in model.named_parameters() if n in own}
+    copied_ones |= {id(buffer) for buffer in model.buffers()}
+    memo = {key: value for key, value in _shared(model).items() if key not in copied_ones}
+    twin = copied(model, memo)
+    set_mode(twin, training=False)
+    return twin
 
 
 def set_mode(model: nn.Module, *, training: bool) -> None:

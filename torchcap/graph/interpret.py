@@ -131,6 +131,7 @@ class Interpretation:
             sizes=tuple(sizes),
             scaled=tuple(scaled),
             read=frozenset(self.tracing.reads),
+            written=frozenset(name for reading in self.readings for name in reading.written()),
         )
 
     def _all_notes(self) -> Iterator[str]:
@@ -327,7 +328,8 @@ class Interpretation:
 
     def _list_all_layers(self) -> None:
         """Give every layer its axes, those too that no graph has led to, with the reason."""
-        listed = {axis.module for axis in self.table.axes.values()}
+        listed = {a.module for a in self.table.axes.values() if a.role == "producer"}
+        listed |= {key[0] for key, a in self.table.axes.items() if key[1] == "weight"}
         for path, layer in self.model.named_modules():
             if not isinstance(layer, LAYERS) or path in listed:
                 continue

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from torchcap.graph.calls import written_by
 from torchcap.graph.copies import set_mode, shadow, undisturbed
 from torchcap.graph.inputs import Inputs, flattened
 from torchcap.graph.stand_ins import plain_transformers
@@ -81,8 +80,9 @@ def _compared(model: nn.Module, traced: Traced, inputs: Inputs) -> str | None:
 
     None if the model does not run on the inputs.
     """
-    written = [*model.buffers(), *_written(model, traced)]
-    kept = [(tensor, tensor.clone()) for tensor in written]
+    names = set(traced.written()) | {name for name, _ in model.named_buffers()}
+    held = dict(model.named_parameters()) | dict(model.named_buffers())
+    kept = [(held[name], held[name].clone()) for name in names & held.keys()]
     seen: dict[tuple[str, int], Tensor] = {}
     try:
         with _outputs_noted(model, traced, seen):
@@ -154,20 +154,6 @@ def _outputs_noted(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _written(model: nn.Module, traced: Traced) -> Iterator[Tensor]:
-    """Yield the model's own tensors that its forward writes into."""
-    for node in traced.graph.nodes:
-        target = written_by(node, traced.module(node))
-        while target is not None and target.op != "get_attr" and target.all_input_nodes:
-            target = target.all_input_nodes[0]
-        if target is None or target.op != "get_attr" or target.target in traced.constants:
-            continue
-        path, _, name = str(target.target).rpartition(".")
-        tensor = getattr(model.get_submodule(path), name)
-        if isinstance(tensor, Tensor):
-            yield tensor
 
 
 def _changed(model: nn.Module) -> nn.Module:

@@ -39,6 +39,7 @@ from torchcap.graph.calls import (
     SIZES,
     assigned,
     canonical,
+    follows_values,
 )
 from torchcap.graph.sizes import Formula, Place, Ratio, Shape, Size, true_value
 from torchcap.graph.where import Where, here
@@ -300,7 +301,9 @@ class Recorder(TorchFunctionMode):
         root = None if "" in self.unread else self._begin("", given)
         with self._wrapped(), self._watched(), self._replaced(), self:
             output = self.model(*args, **kwargs)
-        if root is not None:
+        if root is None:
+            self._keep_all(output, "output of the model")
+        else:
             self._end(root, output)
         return output
 
@@ -464,6 +467,7 @@ class Recorder(TorchFunctionMode):
         if path in self.unread:
             self.builder = None
             output = self._within(path, forward, args, kwargs)
+            self._keep_all(output, f"put out by {path!r}")
         else:
             shape = self.shapes.get(type(module))
             run = forward if shape is None else partial(shape, module)
@@ -532,6 +536,8 @@ class Recorder(TorchFunctionMode):
             raise
         if shows and not _is_fake(plain_args):
             self._note_value(func.__name__, place)
+        if self.builder is not None and follows_values(func, plain_args):
+            self.builder.strange = f"shapes follow values, at {place}"
         if self.builder is not None and _matters(args, kwargs, output):
             op, target, (args_asked, kwargs_asked) = canonical(func, *asked)
             if target is assigned or target is setattr:
@@ -637,6 +643,14 @@ class Recorder(TorchFunctionMode):
         """Note that a tensor is used past the graph that it stands in."""
         entry.builder.kept.setdefault(entry.at(), reason)
 
+    def _keep_all(self, value: Any, reason: str) -> None:
+        """Note that the tensors in a value are used past the graphs that they stand in."""
+        for tensor in tensors_in(value):
+            for builder in self.record.builders:
+                known = builder.entry(tensor)
+                if known is not None:
+                    self._keep(known, reason)
+
     def _note_outside(self, value: Any) -> None:
         """Note what the forward of a module that is not read does with what others hold."""
         reader = self.here
@@ -646,10 +660,7 @@ class Recorder(TorchFunctionMode):
                 self.record.outside.setdefault(
                     place.module, f"a tensor of {place.module!r} is read in {reader!r}"
                 )
-            for builder in self.record.builders:
-                known = builder.entry(tensor)
-                if known is not None:
-                    self._keep(known, f"used in the forward of {reader!r}")
+        self._keep_all(value, f"used in the forward of {reader!r}")
 
     # ----------------------------------------------------------------------------------------------
     # Sizes

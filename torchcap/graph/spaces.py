@@ -251,6 +251,7 @@ class SpaceGraph:
         sizes: the attributes that count channels of free spaces.
         scaled: the rows that are scaled where spaces get a smaller rank.
         read: the attributes of modules that the forward reads.
+        written: the parameters and buffers that the forward writes into.
     """
 
     model: str
@@ -264,6 +265,7 @@ class SpaceGraph:
     sizes: tuple[HeldSize, ...] = ()
     scaled: tuple[ScaledRows, ...] = ()
     read: frozenset[Place] = frozenset()
+    written: frozenset[str] = frozenset()
 
     def __getitem__(self, name: str) -> ChannelSpace:
         for space in self.spaces:

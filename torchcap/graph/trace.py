@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import DataParallel
 
 from torchcap.errors import ExampleInputsError, TraceError
+from torchcap.graph.calls import written_by
 from torchcap.graph.copies import HOOKS, forget_, set_mode, shadow, undisturbed
 from torchcap.graph.inputs import ExampleInputs, Inputs, arranged, as_inputs, default_inputs
 from torchcap.graph.recorder import (
@@ -85,6 +86,16 @@ class Traced:
         if node.op != "call_module":
             return None
         return self.model.get_submodule(str(node.target))
+
+    def written(self) -> Iterator[str]:
+        """Yield the qualified names of the model's tensors that the forward writes into."""
+        for node in self.graph.nodes:
+            target = written_by(node, self.module(node))
+            while target is not None and target.op != "get_attr" and target.all_input_nodes:
+                target = target.all_input_nodes[0]
+            if target is not None and target.op == "get_attr":
+                if target.target not in self.constants:
+                    yield str(target.target)
 
     @property
     def signature(self) -> Signature:

@@ -17,6 +17,7 @@ from torch.utils.benchmark import Timer
 
 from torchcap.errors import ModelError, PlanError
 from torchcap.graph.analyze import Reader
+from torchcap.graph.copies import HOOKS, copied
 from torchcap.graph.inputs import ExampleInputs, Inputs, as_inputs, default_inputs
 from torchcap.graph.rules import Rules
 from torchcap.graph.spaces import SpaceGraph
@@ -31,7 +32,6 @@ from torchcap.transform.fold import fold_
 from torchcap.transform.materialize import materialize
 from torchcap.transform.prepare import project_
 from torchcap.transform.start import bases_for
-from torchcap.graph.copies import HOOKS
 
 WIDTHS: Final = (0.1, 0.25, 0.5, 0.75, 1.0)
 """Shares of the channels at which layers are timed."""
@@ -113,7 +113,7 @@ def measure_latency(
     inputs = default_inputs(model) if example_inputs is None else as_inputs(example_inputs)
     graph = Reader(leaves, rules, streams).proven(model, inputs.args or inputs.kwargs)
     narrow, uneven = Plan.uniform(graph, NARROW, multiple_of=EVEN), _uneven_plan(graph)
-    folded = copy.deepcopy(model).eval()
+    folded = copied(model).eval()
     fold_(folded, graph.folds)
     calls = _calls(folded, graph, inputs)
     sizes = Sizes(graph)
@@ -301,7 +301,7 @@ def _resized(layer: nn.Module, weight: Tensor) -> nn.Module:
 
 
 def _materialized(folded: nn.Module, graph: SpaceGraph, plan: Plan) -> nn.Module:
-    student = copy.deepcopy(folded)
+    student = copied(folded)
     bases = bases_for(student, graph.after_folding(), plan, LargestNorm())
     project_(student, graph, plan, bases)
     return materialize(student)

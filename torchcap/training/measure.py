@@ -8,7 +8,6 @@ the other.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,10 +23,11 @@ from torchcap.batches import Batch, Batches, Source, as_source
 from torchcap.digest import digest
 from torchcap.errors import DataError, PlanError, StateError
 from torchcap.graph.analyze import Reader
+from torchcap.graph.copies import copied, running, shadow
 from torchcap.graph.inputs import ExampleInputs
 from torchcap.graph.rules import Rules
 from torchcap.graph.spaces import Port, SpaceGraph, Tap
-from torchcap.graph.copies import shadow
+from torchcap.nests import tensors_in
 from torchcap.plan.cost import cost
 from torchcap.plan.plan import Choice, Plan
 from torchcap.plan.sensitivity import Curve, Metric, Sensitivity
@@ -40,7 +40,6 @@ from torchcap.projection.initialize import (
 )
 from torchcap.training.fit import cross_entropy
 from torchcap.training.progress import OnProgress, Progress
-from torchcap.nests import tensors_in
 from torchcap.training.state import write_text
 from torchcap.training.taps import Probe, TeacherPass, expansion
 from torchcap.transform.balance import balance_
@@ -185,7 +184,7 @@ class _Trial:
 
     def __init__(self, model: nn.Module, graph: SpaceGraph, source: Source, images: int) -> None:
         self.model, self.graph = model, graph
-        self.teacher = shadow(model).eval()
+        self.teacher = running(model, graph.written)
         self.fitting, self.batches = _halves(source, images)
         with torch.no_grad():
             self.outputs = [_class_scores(self.teacher, batch) for batch in self.batches]
@@ -202,7 +201,7 @@ class _Trial:
 
     def curves(self, ranks: Mapping[str, tuple[int, ...]]) -> Iterator[Curve]:
         """Measure spaces one after the other."""
-        folded = copy.deepcopy(self.model)
+        folded = copied(self.model)
         fold_(folded, self.graph.folds)
         graph = self.graph.after_folding()
         full = {name: Choice(graph[name].channels, graph[name].channels) for name in ranks}
@@ -261,7 +260,9 @@ class _Trial:
         """Return the first place to compare at which a student differs from the teacher."""
         state = student_of(student)
         lifts = [expansion(tap, state) for tap in self.graph.taps]
-        beside = TeacherPass(self.model, self.graph.taps, lifts, always=True)
+        beside = TeacherPass(
+            self.model, self.graph.taps, lifts, own=self.graph.written, always=True
+        )
         beside.attach(student)
         try:
             self.batches[0].run(student)

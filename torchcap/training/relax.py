@@ -145,7 +145,8 @@ def train_kernels(
         folds = graphs[1].folds if schedule.batch_norm else ()
         fresh = insert_fresh_norms_(small, folds, source)
         ours, theirs = ([pair[side] for pair in pairs] for side in (0, 1))
-        passed = TeacherPass(teacher, ours, lifts, twins=theirs, always=True)
+        own = graphs[1].written
+        passed = TeacherPass(teacher, ours, lifts, twins=theirs, own=own, always=True)
         passed.attach(small)
         try:
             for layer in fresh if schedule.batch_statistics else ():

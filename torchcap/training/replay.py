@@ -21,6 +21,7 @@ from torchcap.batches import Batch, Source
 from torchcap.errors import TraceError
 from torchcap.graph.analyze import Reader, known_operators
 from torchcap.graph.calls import written_by
+from torchcap.graph.copies import running
 from torchcap.graph.inputs import Inputs, flattened
 from torchcap.graph.rules import find_operator
 from torchcap.graph.trace import GraphRunner, Traced
@@ -306,13 +307,7 @@ def evaluated(model: nn.Module, batch: Batch) -> list[Tensor]:
     Raises:
         DataError: if it does not accept the batch.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        return list(tensors_in([batch.run(model)]))
-    finally:
-        for module, training in modes:
-            module.training = training
+    return list(tensors_in([batch.run(running(model))]))
 
 
 @torch.no_grad()

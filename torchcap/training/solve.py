@@ -12,7 +12,6 @@ rest before the sweep goes on.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from torch.nn.utils import parametrize
 from torchcap import processes
 from torchcap.batches import Batches, Source, as_source, mixed_seed
 from torchcap.graph.analyze import Reader
+from torchcap.graph.copies import copied
 from torchcap.graph.rules import OPERATORS, STANDARDIZED, Rules, find_module_operator
 from torchcap.graph.spaces import ChannelSpace, SpaceGraph
 from torchcap.graph.weights import output_axis
@@ -158,7 +158,7 @@ def solve_layers(
     first = source.first()
     for model in (small, teacher):
         evaluated(model, first)  # raises with the number of the batch
-    folded = copy.deepcopy(teacher)
+    folded = copied(teacher)
     for model in (small, folded):
         folds = reader(model, first.inputs).folds
         fold_(model, folds)
@@ -216,12 +216,12 @@ def select(
         watch: who looks on.
     """
     source = source.limited(schedule.batches)
-    teacher = copy.deepcopy(model)
+    teacher = copied(model)
     fold_(teacher, graph.folds)
     folded = graph.after_folding()
     with source.passing(0) as batches:
         linear = balance_(teacher, folded, plan, batches)
-    student = copy.deepcopy(teacher)
+    student = copied(teacher)
     replay = Replay(teacher, student, source, memory=schedule.memory // 2, reader=reader)
     sweep = _Sweep(replay, teacher, student, schedule, source.seed)
     sweep.plan_choices(folded, plan)

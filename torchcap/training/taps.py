@@ -8,7 +8,7 @@ nothing of this runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,8 +19,8 @@ from torch.utils.hooks import RemovableHandle
 
 from torchcap import processes
 from torchcap.errors import StudentError
+from torchcap.graph.copies import running
 from torchcap.graph.spaces import Tap
-from torchcap.graph.copies import shadow
 from torchcap.projection.maps import Projection
 from torchcap.projection.parametrizations import Segment, lift_segments
 from torchcap.transform.student import Attachment, Student
@@ -38,6 +38,7 @@ class TeacherPass(Attachment):
         lifts: how the student's channels at each tap lift to the teacher's; None where they are
             the teacher's.
         twins: where to look in the teacher, if not at the same places.
+        own: parameters that the teacher's forward writes into.
 
     Attributes:
         loss: of the last forward that was compared; None before it.
@@ -53,10 +54,11 @@ class TeacherPass(Attachment):
         lifts: Sequence[Lift | None] | None = None,
         *,
         twins: Sequence[Tap] | None = None,
+        own: Collection[str] = (),
         always: bool = False,
     ) -> None:
         self.taps = tuple(taps)
-        self.teacher = shadow(teacher).eval()
+        self.teacher = running(teacher, own)
         self.lifts = tuple(lifts) if lifts is not None else (None,) * len(self.taps)
         self.always = always
         self.loss: Tensor | None = None

@@ -15,10 +15,10 @@ from timm.layers import Conv2dSame
 from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame
 from torch import Tensor, nn
 
+from torchcap.graph.copies import HOOKS
 from torchcap.graph.rules import STANDARDIZED
 from torchcap.graph.spaces import Fold
 from torchcap.graph.weights import output_axis
-from torchcap.graph.copies import HOOKS
 
 
 @torch.no_grad()

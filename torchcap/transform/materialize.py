@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from torchcap.graph.copies import HOOKS
+from torchcap.graph.copies import HOOKS, copied
 from torchcap.projection.maps import shared_bases
 from torchcap.projection.parametrizations import ProjectAxis
 from torchcap.transform.student import Student, attachments, student_of, unwrapped
@@ -49,7 +49,7 @@ def materialize(student: M) -> M:
         for module in reversed(list(root.modules())):  # children first: parents copy them along
             if _is_projected(module):
                 memo[id(module)] = _plain_layer(module, memo)
-    small = copy.deepcopy(root, memo)
+    small = copied(root, memo)
     for module in small.modules():
         _strip(module, set(map(id, stand_ins.values())))
     _restore_flags_(small, state)

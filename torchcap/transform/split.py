@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TypeVar
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchcap.errors import ModelError
+from torchcap.graph.copies import copied
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -46,7 +46,7 @@ def split_attention(model: M) -> M:
                 "add_zero_attn), and cannot be split"
             )
     memo = {id(attention): SplitAttention(attention) for _, attention in found}
-    return copy.deepcopy(model, memo)
+    return copied(model, memo)
 
 
 class SplitAttention(nn.Module):

@@ -18,6 +18,7 @@ from torchcap.graph.spaces import Fold, SpaceGraph
 from torchcap.plan.plan import Plan
 from torchcap.projection.maps import Projection, release_bases, share_bases
 
+
 class Attachment:
     """Base of whatever torchcap hangs on a model as a hook, so that it can be found and removed."""
 
