@@ -69,12 +69,12 @@ class Batch:
             self.number,
         )
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device | None) -> Batch:
         """Return the batch on a device."""
         return Batch(
             tuple(_moved(v, device) for v in self.args),
             {name: _moved(v, device) for name, v in self.kwargs.items()},
-            None if self.labels is None else self.labels.to(device),
+            _moved(self.labels, device),
             self.number,
         )
 
@@ -227,7 +227,7 @@ class Source:
             if number < skip:
                 continue
             found = as_batch(batch, number)
-            yield found if self.device is None else found.to(self.device)
+            yield found.to(self.device)
         if count == 0:
             raise DataError(
                 "the data is empty: expected at least one batch of images, and as many in every "
@@ -280,5 +280,10 @@ def mixed_seed(*parts: int) -> int:
     return seed
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+def _moved(value: Any, device: torch.device | None) -> Any:
+    """Return a value on a device (None: where it is), as a tensor that can be trained on."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.is_inference():
+        value = value.clone()
+    return value if device is None else value.to(device, non_blocking=True)

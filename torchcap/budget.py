@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchcap.modes import outside_inference_mode
 from torchcap import processes
 from torchcap.batches import Batches, Source, as_source
 from torchcap.digest import digest
@@ -29,6 +30,7 @@ from torchcap.training.progress import OnProgress
 from torchcap.training.state import check_folder, write_text
 
 
+@outside_inference_mode
 def plan_for(  # noqa: PLR0913 - an argument for each thing that may be said
     model: nn.Module,
     data: Batches | None = None,

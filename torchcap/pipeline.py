@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from torchcap.modes import outside_inference_mode
 from torchcap import processes
 from torchcap.batches import Batch, Batches, Source, as_source
 from torchcap.budget import Measurements
@@ -21,7 +22,7 @@ from torchcap.errors import (
     PlanError,
     RecipeError,
 )
-from torchcap.graph.analyze import Reader
+from torchcap.graph.analyze import Reader, check_kind
 from torchcap.graph.copies import copied
 from torchcap.graph.inputs import ExampleInputs
 from torchcap.graph.rules import Rules
@@ -49,6 +50,7 @@ from torchcap.transform.student import Student, find_attachment
 M = TypeVar("M", bound=nn.Module)
 
 
+@outside_inference_mode
 def prepare(  # noqa: PLR0913 - an argument for each thing that may be said
     model: M,
     *,
@@ -118,6 +120,7 @@ def prepare(  # noqa: PLR0913 - an argument for each thing that may be said
     return student
 
 
+@outside_inference_mode
 def compress(  # noqa: PLR0913 - the one call has an argument for each thing that may be said
     model: M,
     data: Batches | None = None,
@@ -414,12 +417,8 @@ def _resolved(
 
 
 def _check_model(model: nn.Module) -> None:
+    check_kind(model)
     name = type(model).__name__
-    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        raise ModelError(
-            f"a {name!r} cannot be prepared: a torch.nn.Module was expected, and none that is "
-            "scripted or frozen; pass the module that it was made from"
-        )
     if find_attachment(model, Student) is not None:
         raise ModelError(
             f"this {name!r} is already prepared; train it, or prepare the original model again "
@@ -436,6 +435,11 @@ def _check_model(model: nn.Module) -> None:
     for label, tensor in [*parameters.items(), *model.named_buffers()]:
         if tensor.is_meta:
             raise ModelError(f"{label!r} is on the meta device; load the model's weights first")
+        if tensor.is_inference():
+            raise ModelError(
+                f"{label!r} was made under torch.inference_mode(), so no copy of it can be "
+                "trained; make or load the model outside of inference mode"
+            )
         if not _is_sound(model, label, tensor):
             raise ModelError(f"{label!r} holds NaN or infinite values; load sound weights first")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from torchcap.modes import outside_inference_mode
 from torchcap.checkpoint.builders import build, set_images_
 from torchcap.checkpoint.contents import Contents
 from torchcap.checkpoint.file import read
@@ -24,6 +25,7 @@ from torchcap.pipeline import prepare
 from torchcap.transform.student import unwrapped
 
 
+@outside_inference_mode
 def load(
     path: Path | str,
     model: nn.Module | None = None,

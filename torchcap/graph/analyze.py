@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from torchcap.modes import outside_inference_mode
 from torchcap.errors import ModelError, TraceError
 from torchcap.graph.branches import other_sides
 from torchcap.graph.escapes import escaped_sizes
@@ -24,6 +26,7 @@ from torchcap.graph.trace import Traced, Tracer, is_builtin_leaf, on_meta
 from torchcap.graph.values import Operator, as_operator
 
 
+@outside_inference_mode
 def analyze(
     model: nn.Module,
     example_inputs: ExampleInputs | None = None,
@@ -124,7 +127,7 @@ class Reader:
         Raises:
             TraceError: if the model cannot be read, or the proof fails.
         """
-        _check_kind(model)
+        check_kind(model)
         operators = known_operators(self.rules)
         tracer = _tracer(model, example_inputs, self.leaves, operators)
         found = _read(tracer, operators, streams=self.streams, most=most)
@@ -157,7 +160,13 @@ class Reader:
         return whole
 
 
-def _check_kind(model: nn.Module) -> None:
+def check_kind(model: nn.Module) -> None:
+    """Raise a ModelError if a model is of a kind that cannot be read, or wraps another one."""
+    attribute = _inner_attribute(model)
+    if attribute is not None:
+        raise ModelError(
+            f"{type(model).__name__!r} wraps a model; pass the model inside: model.{attribute}"
+        )
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise ModelError(
             f"{type(model).__name__!r} cannot be read: a torch.nn.Module was expected, not a "
@@ -166,6 +175,16 @@ def _check_kind(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise ModelError(f"{path!r} is scripted and cannot be read; use what it was made from")
+
+
+def _inner_attribute(model: Any) -> str | None:
+    """Return where a wrapper keeps its model; None if the model is no wrapper that is known."""
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    if kinds & {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}:
+        return "module"
+    if kinds & {"AveragedModel", "ModelEma", "ModelEmaV2", "ModelEmaV3"}:
+        return "module"
+    return "_orig_mod" if "OptimizedModule" in kinds else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,7 @@ class Resolved:
         products: which cells of a space meet in a dot product.
         runs: for each axis of the table, what it is made of; empty where it is not made of whole
             cells (whose spaces are then fixed).
+        lost: for each axis that is not made of whole cells, why it stays.
         layouts: the same for each observed axis.
     """
 
@@ -85,6 +86,7 @@ class Resolved:
     nonlinear: tuple[bool, ...]
     products: tuple[tuple[int, ...], ...]
     runs: tuple[tuple[Run, ...], ...]
+    lost: tuple[str, ...]
     layouts: tuple[tuple[Run, ...], ...]
 
 
@@ -419,6 +421,12 @@ class _Resolution:
             for run in column[1:]:
                 self.tie[self._root(run.space)] = self._root(column[0].space)
 
+    def _why(self, classes: Ids) -> str:
+        """Return the first reason for which some of these channels stay."""
+        cells = (int(cell) for cell in _unique(self.cell_of[classes]) if cell >= 0)
+        reasons = (self.reasons[cell] for cell in cells)
+        return next((reason for reason in reasons if reason is not None), "")
+
     def _root(self, cell: int) -> int:
         while self.tie[cell] != cell:
             cell = self.tie[cell]
@@ -464,6 +472,10 @@ class _Resolution:
                 for cells in members
             ),
             runs=tuple(tuple(_merged(axis, home)) for axis in runs),
+            lost=tuple(
+                "" if axis else self._why(classes)
+                for axis, classes in zip(runs, self.axes, strict=True)
+            ),
             layouts=tuple(tuple(_merged(axis, home)) for axis in layouts),
         )
 

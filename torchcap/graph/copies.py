@@ -129,7 +129,8 @@ def _copy_functions_(model: nn.Module, memo: dict[int, Any]) -> None:
                 if key in getattr(twin, name):
                     getattr(twin, name)[key] = _copied_function(hook, memo)
         for name, value in vars(module).items():
-            if isinstance(value, types.FunctionType | types.MethodType | partial):
+            function = isinstance(value, types.FunctionType | types.MethodType | partial)
+            if function and twin.__dict__.get(name) is not None:  # compiled calls are not copied
                 twin.__dict__[name] = _copied_function(value, memo)
 
 

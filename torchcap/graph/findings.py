@@ -29,7 +29,10 @@ def spaces_of(
 ) -> tuple[tuple[ChannelSpace, ...], dict[int, str]]:
     """Return the spaces that have a producer, and their names by number."""
     ports: dict[int, dict[str, list[Port]]] = {}
-    for axis, runs in zip(table.axes.values(), resolved.runs, strict=True):
+    lost: list[ChannelSpace] = []
+    for axis, runs, why in zip(table.axes.values(), resolved.runs, resolved.lost, strict=True):
+        if axis.role == "producer" and not runs:
+            lost.append(_lost(axis, why))
         for run in runs:
             roles = ports.setdefault(run.space, {"producer": [], "consumer": [], "carrier": []})
             roles[axis.role] += _ports(axis, run)
@@ -56,7 +59,14 @@ def spaces_of(
                 products=resolved.products[number],
             )
         )
-    return tuple(spaces), names
+    return (*spaces, *lost), names
+
+
+def _lost(axis: Axis, reason: str) -> ChannelSpace:
+    """Return the space of a layer whose channels meet in ways that no space has."""
+    count = len(axis.ids)
+    ports = tuple(Port(axis.module, name, dim, 0, 0, count) for name, dim in axis.tensors)
+    return ChannelSpace(axis.module, count, "fixed", ports, (), (), reason)
 
 
 def _ports(axis: Axis, run: Run) -> list[Port]:

@@ -44,6 +44,16 @@ def settled(x: Heads) -> Channels | Heads:
     return Channels(x.shape, x.dim, x.ids) if len(x.dims) == 1 else x
 
 
+def collapsed(call: Call, value: Value) -> Value:
+    """Return nested values in which heads are plain channels, the same ones in every head."""
+    if isinstance(value, tuple):
+        return tuple(collapsed(call, item) for item in value)
+    if not isinstance(value, Heads):
+        return value
+    _alike(call, value, [dim for dim in value.dims if dim != value.dim])
+    return Channels(value.shape, value.dim, value.rows[0])
+
+
 # --------------------------------------------------------------------------------------------------
 # Into heads and out of them
 

@@ -20,6 +20,7 @@ from torchcap.graph.findings import (
     taps_of,
 )
 from torchcap.graph.folds import find_folds
+from torchcap.graph.heads import collapsed
 from torchcap.graph.numbers import arithmetic, pin_settings
 from torchcap.graph.rules import (
     COUNTED,
@@ -207,10 +208,12 @@ class Interpretation:
             if call.path in reading.unread:  # what it holds is read piece by piece
                 return replace(call, module=None).give_up(f"no rule for {call.label}")
             return self._boundary(call)
-        rule: Rule | None = operator.channels
-        if any(isinstance(v, Heads) for v in values):
+        rule: Rule = operator.channels
+        if call.has_heads() and operator.heads is not None:
             rule = operator.heads
-            if rule is None:
+        elif call.has_heads():
+            call = replace(call, args=collapsed(call, call.args), kwargs=dict(call.kwargs))
+            if call.has_heads():
                 return call.give_up(f"no rule for heads in {call.label}")
         if Root not in knows and any(isinstance(v, Root) for v in values):
             call = replace(call, args=_numbers(call.args), kwargs=_numbers(call.kwargs))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,10 +68,21 @@ class Stiefel(Projection):
         super().__init__(blocks, blocks * channels, blocks * rank)
         self.proxy = nn.Parameter(basis.detach().clone())
         self._shared: Tensor | None = None
+        self._last: Tensor | None = None
 
     def forward(self) -> Tensor:
         """Return ``P``, shape ``(blocks, channels / blocks, rank / blocks)``."""
-        return polar(self.proxy) if self._shared is None else self._shared
+        if self._shared is not None:
+            return self._shared
+        # In a backward, gradient checkpointing runs a part of the forward again, and must find the
+        # tensors that it found the first time.
+        if self._last is not None and torch._C._current_graph_task_id() != -1:
+            return self._last
+        return polar(self.proxy)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What a forward leaves behind does not survive a copy: non-leaf tensors cannot.
+        return {**self.__dict__, "_shared": None, "_last": None}
 
     def contract(self, rows: Tensor, first: int, count: int) -> Tensor:
         """Apply ``Pᵀ``; see :meth:`Projection.contract`."""
@@ -141,7 +153,7 @@ def share_bases(projections: Sequence[Projection]) -> None:
     """Compute every trained ``P`` now, batched by shape, and keep them until released."""
     trained = [projection for projection in projections if isinstance(projection, Stiefel)]
     for projection, basis in zip(trained, polar_many([p.proxy for p in trained]), strict=True):
-        projection._shared = basis
+        projection._shared = projection._last = basis
 
 
 def release_bases(projections: Sequence[Projection]) -> None:

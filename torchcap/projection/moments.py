@@ -336,7 +336,8 @@ def output_rows(
     Returns:
         Shape ``(rows, channels)``.
     """
-    channels = -1 if isinstance(layer, nn.Linear) else 1
+    kernel: tuple[int, ...] = getattr(layer, "kernel_size", ())
+    channels = y.ndim - 1 - len(kernel)  # there may be no batch dimension
     rows = y.movedim(channels, -1).reshape(-1, y.shape[channels])
     if max_rows is not None and max_rows < len(rows):
         rows = rows[_draw(len(rows), max_rows, generator).to(rows.device)]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
+from torchcap.modes import outside_inference_mode
 from torchcap.errors import ModelError, PlanError
 from torchcap.graph.analyze import Reader
 from torchcap.graph.copies import HOOKS, copied
@@ -66,6 +67,7 @@ class _Call:
     dtype: torch.dtype
 
 
+@outside_inference_mode
 def measure_latency(
     model: nn.Module,
     example_inputs: ExampleInputs | None = None,

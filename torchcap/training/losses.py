@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchcap.errors import StudentError
+from torchcap.nests import tensors_in
 from torchcap.training.taps import TeacherPass
 from torchcap.transform.student import find_attachment, student_of
 
@@ -75,7 +75,7 @@ def distillation_loss(student: nn.Module, output: Any, *, temperature: float = 4
     passed = _teacher_pass(student)
     if passed.output is None:
         raise StudentError("there is no teacher output yet: run student(x) in training mode first")
-    ours, theirs = list(_logits(output)), list(_logits(passed.output))
+    ours, theirs = _logits(output), _logits(passed.output)
     shapes = [tuple(t.shape) for t in ours], [tuple(t.shape) for t in theirs]
     if shapes[0] != shapes[1] or not ours:
         raise StudentError(
@@ -125,20 +125,14 @@ def _teacher_pass(student: nn.Module) -> TeacherPass:
     return passed
 
 
-def _logits(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _logits(value)
-    elif isinstance(output, tuple | list):
-        for value in output:
-            yield from _logits(value)
+def _logits(output: Any) -> list[Tensor]:
+    return [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
 
 
 def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     kind = torch.promote_types(student.dtype, torch.float32)
-    ours = F.log_softmax(student.to(kind) / temperature, dim=1)
-    theirs = F.log_softmax(teacher.to(kind) / temperature, dim=1)
-    pointwise = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
+    classes = min(1, student.dim() - 1)  # one row of logits has no batch
+    ours = F.log_softmax(student.to(kind) / temperature, dim=classes)
+    theirs = F.log_softmax(teacher.to(kind) / temperature, dim=classes)
+    pointwise = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(classes)
     return temperature**2 * pointwise.mean()

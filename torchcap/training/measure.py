@@ -18,6 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from torchcap.modes import outside_inference_mode
 from torchcap import processes
 from torchcap.batches import Batch, Batches, Source, as_source
 from torchcap.digest import digest
@@ -58,6 +59,7 @@ _ROUNDING: Final = 1e-10
 """What rounding may leave between features that are the same, as a share of their square."""
 
 
+@outside_inference_mode
 def sensitivity(  # noqa: PLR0913 - an argument for each thing that may be said
     model: nn.Module,
     data: Batches | Source,

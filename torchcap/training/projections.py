@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchcap.modes import outside_inference_mode
 from torchcap.batches import Batches, Source, as_source
 from torchcap.errors import RecipeError
 from torchcap.projection.maps import Stiefel
@@ -20,6 +21,7 @@ from torchcap.training.taps import TeacherPass
 from torchcap.transform.student import find_attachment, student_of, unwrapped
 
 
+@outside_inference_mode
 def train_projections(
     student: nn.Module,
     data: Batches,

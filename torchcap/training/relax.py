@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchcap.modes import outside_inference_mode
 from torchcap import processes
 from torchcap.batches import Batches, Source, as_source
 from torchcap.errors import ModelError
@@ -34,6 +35,7 @@ _ROWS_PER_BATCH = 8192
 _ROWS_PER_CHANNEL = 64
 
 
+@outside_inference_mode
 def relax(
     small: nn.Module,
     teacher: nn.Module,
@@ -79,6 +81,7 @@ def relax(
     train_kernels(small, teacher, source, schedule, Reader(leaves, rules), watch)
 
 
+@outside_inference_mode
 def fine_tune(
     small: nn.Module,
     teacher: nn.Module,

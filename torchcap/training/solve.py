@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from torchcap.modes import outside_inference_mode
 from torchcap import processes
 from torchcap.batches import Batches, Source, as_source, mixed_seed
 from torchcap.graph.analyze import Reader
@@ -99,6 +100,7 @@ class Solution:
         return "\n".join(lines)
 
 
+@outside_inference_mode
 def solve(
     small: nn.Module,
     teacher: nn.Module,

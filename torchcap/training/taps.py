@@ -70,6 +70,8 @@ class TeacherPass(Attachment):
         self._versions: dict[int, int] = {}
         self._copied: set[int] = set()
         self._probes: list[Probe] = []
+        self._delayed: list[tuple[int, Tensor]] = []
+        self._graded = False
         for index, tap in enumerate(self.taps if twins is None else twins):
             probe = Probe(partial(self._keep_feature, index), tap)
             probe.attach(self.teacher)
@@ -100,6 +102,7 @@ class TeacherPass(Attachment):
         if not (model.training or self.always):
             return
         self.loss = None
+        self._graded = torch.is_grad_enabled()
         self._follow(model)
         self._run_teacher(args, kwargs)
         if written := self._written():
@@ -112,6 +115,8 @@ class TeacherPass(Attachment):
     def after_forward(self, model: nn.Module, _: Any, output: Any) -> None:
         """Sum up the terms; after an error, or in evaluation mode, there are none."""
         if (model.training or self.always) and output is not None and self._energies:
+            for index, feature in self._delayed:
+                self._add_term(index, feature)
             if not self.terms:
                 raise StudentError(
                     f"the forward of {type(model).__name__!r} reached none of its "
@@ -140,7 +145,7 @@ class TeacherPass(Attachment):
         self._release()
 
     def _release(self) -> None:
-        self._features, self._energies, self._versions = {}, {}, {}
+        self._features, self._energies, self._versions, self._delayed = {}, {}, {}, []
         for probe in self._probes:
             probe.stop()
 
@@ -161,23 +166,35 @@ class TeacherPass(Attachment):
 
     def _compare(self, index: int, feature: Tensor) -> None:
         """Add the normalised error of the student's feature at one tap."""
-        expected = self._features.pop(index, None)
-        if expected is None:
+        if index not in self._features:
             return
+        if self._graded and not torch.is_grad_enabled():
+            raise StudentError(
+                f"the features at {self.taps[index].name!r} have no gradient: they are computed in "
+                "a reentrant checkpoint, or under no_grad; checkpoint with use_reentrant=False"
+            )
+        if _in_checkpoint():  # which runs again in the backward, and must do the same then
+            self._delayed.append((index, feature))
+        else:
+            self._add_term(index, feature)
+
+    def _add_term(self, index: int, feature: Tensor) -> None:
+        expected = self._features.pop(index)
         tap, lift = self.taps[index], self.lifts[index]
         if lift is not None:
             if index in self._copied:
                 feature = feature.clone()
             # The student's channels are fewer here: compare in the teacher's coordinates.
             with torch.autocast(feature.device.type, enabled=False):
-                feature = lift(feature.movedim(tap.dim, 0).flatten(1))
-            expected = expected.movedim(tap.dim, 0).flatten(1)
+                feature = lift(feature.movedim(tap.dim, 0).unsqueeze(-1).flatten(1))
+            expected = expected.movedim(tap.dim, 0).unsqueeze(-1).flatten(1)
         error = _squared_norm(_at_least_float(feature) - _at_least_float(expected))
         self.terms[tap.name] = error / self._energies[index]
 
     def __getstate__(self) -> dict[str, Any]:
         # What a forward leaves behind does not survive a copy: non-leaf tensors cannot.
         passing: dict[str, Any] = {"_features": {}, "_energies": {}, "terms": {}, "_versions": {}}
+        passing["_delayed"] = []
         return {**self.__dict__, **passing, "loss": None, "output": None, "_handles": []}
 
 
@@ -249,6 +266,11 @@ def expansion(tap: Tap, student: Student) -> Expansion | None:
         segments.append(Segment(length, projection, first, blocks, stretch.repeat))
     cut = any(segment.projection is not None for segment in segments)
     return Expansion(tuple(segments)) if cut else None
+
+
+def _in_checkpoint() -> bool:
+    """Whether a part of the forward is running that the backward will run again."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # noqa: FBT003
 
 
 def _reduced(energies: dict[int, Tensor]) -> dict[int, Tensor]:

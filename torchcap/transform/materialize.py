@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from torchcap.modes import outside_inference_mode
 from torchcap.graph.copies import HOOKS, copied
 from torchcap.projection.maps import shared_bases
 from torchcap.projection.parametrizations import ProjectAxis
@@ -19,6 +20,7 @@ from torchcap.transform.student import Student, attachments, student_of, unwrapp
 M = TypeVar("M", bound=nn.Module)
 
 
+@outside_inference_mode
 @torch.no_grad()
 def materialize(student: M) -> M:
     """Return a new model with plain, smaller layers that computes what the student computes.

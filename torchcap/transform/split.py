@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchcap.modes import outside_inference_mode
 from torchcap.errors import ModelError
 from torchcap.graph.copies import copied
 
 M = TypeVar("M", bound=nn.Module)
 
 
+@outside_inference_mode
 def split_attention(model: M) -> M:
     """Return a copy of a model whose ``nn.MultiheadAttention`` is made of layers of its own.
 
