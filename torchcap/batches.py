@@ -78,6 +78,15 @@ class Batch:
             self.number,
         )
 
+    def widened(self) -> Batch:
+        """Return the batch with float32 in the place of float16."""
+        return Batch(
+            tuple(map(_widened, self.args)),
+            {name: _widened(value) for name, value in self.kwargs.items()},
+            self.labels,
+            self.number,
+        )
+
     def run(self, model: nn.Module) -> Any:
         """Return what a model makes of the batch.
 
@@ -150,6 +159,8 @@ class Source:
         seed: what all draws follow from.
         device: where batches are moved; None leaves them.
         limit: how many batches of a pass are looked at; None for all.
+        widen: whether float16 images are given in float32.
+        once: whether the data may be an iterator, which can be passed over only once.
 
     Raises:
         DataError: if the data can be passed over only once.
@@ -162,15 +173,18 @@ class Source:
         seed: int = 0,
         device: torch.device | None = None,
         limit: int | None = None,
+        widen: bool = False,
+        once: bool = False,
     ) -> None:
         check_iterable(data)
-        if isinstance(data, Iterator):
+        if isinstance(data, Iterator) and not once:
             raise DataError(
                 f"the data is an iterator ({type(data).__name__}), which can be passed over only "
                 "once; several passes are needed. Give a list of batches, a DataLoader, or an "
                 "object whose __iter__ starts again"
             )
         self.data, self.seed, self.device, self.limit = data, seed, device, limit
+        self.widen = widen
         self._length: int | None = None
 
     def __len__(self) -> int:
@@ -202,7 +216,17 @@ class Source:
 
     def limited(self, limit: int | None) -> Source:
         """Return the same data, of which a pass looks at the first batches alone."""
-        return Source(self.data, seed=self.seed, device=self.device, limit=limit)
+        return self._changed(limit=limit)
+
+    def in_float32(self) -> Source:
+        """Return the same data, with float32 in the place of float16."""
+        return self._changed(widen=True)
+
+    def _changed(self, **changes: Any) -> Source:
+        settings: dict[str, Any] = {
+            "seed": self.seed, "device": self.device, "limit": self.limit, "widen": self.widen
+        }  # fmt: skip
+        return Source(self.data, **(settings | changes))
 
     @contextlib.contextmanager
     def passing(self, number: int, *, skip: int = 0) -> Iterator[Iterator[Batch]]:
@@ -227,7 +251,8 @@ class Source:
             if number < skip:
                 continue
             found = as_batch(batch, number)
-            yield found.to(self.device)
+            found = found.to(self.device)
+            yield found.widened() if self.widen else found
         if count == 0:
             raise DataError(
                 "the data is empty: expected at least one batch of images, and as many in every "
@@ -249,12 +274,19 @@ class Source:
                     own.set_state(before)
 
 
-def as_source(data: Batches | Source, model: nn.Module, seed: int) -> Source:
-    """Return data as a source whose batches are on the device of a model."""
+def as_source(data: Batches | Source, model: nn.Module, seed: int, *, once: bool = False) -> Source:
+    """Return data as a source whose batches are on the device of a model.
+
+    Args:
+        data: batches.
+        model: tells the device.
+        seed: of all draws.
+        once: whether a single pass is all that is wanted, so that an iterator will do.
+    """
     if isinstance(data, Source):
         return data
     device = next((p.device for p in model.parameters()), None)
-    return Source(data, seed=seed, device=device)
+    return Source(data, seed=seed, device=device, once=once)
 
 
 @contextlib.contextmanager
@@ -278,6 +310,11 @@ def mixed_seed(*parts: int) -> int:
     for part in parts:
         seed = (seed * 6364136223846793005 + part + 1442695040888963407) % _MODULUS
     return seed
+
+
+def _widened(value: Any) -> Any:
+    half = isinstance(value, Tensor) and value.dtype == torch.float16
+    return value.float() if half else value
 
 
 def _moved(value: Any, device: torch.device | None) -> Any:

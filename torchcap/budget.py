@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchcap.modes import outside_inference_mode
 from torchcap import processes
 from torchcap.batches import Batches, Source, as_source
 from torchcap.digest import digest
@@ -19,6 +18,7 @@ from torchcap.graph.analyze import Reader
 from torchcap.graph.inputs import ExampleInputs, as_inputs
 from torchcap.graph.rules import Rules
 from torchcap.graph.spaces import SpaceGraph
+from torchcap.modes import outside_inference_mode
 from torchcap.plan.allocate import allocate, check_reachable
 from torchcap.plan.latency import LatencyTable
 from torchcap.plan.limits import Limits

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from torchcap.modes import outside_inference_mode
 from torchcap import processes
-from torchcap.batches import Batch, Batches, Source, as_source
+from torchcap.batches import Batch, Batches, Source, as_source, mixed_seed
 from torchcap.budget import Measurements
 from torchcap.digest import digest
 from torchcap.errors import (
@@ -27,6 +26,7 @@ from torchcap.graph.copies import copied
 from torchcap.graph.inputs import ExampleInputs
 from torchcap.graph.rules import Rules
 from torchcap.graph.spaces import SpaceGraph
+from torchcap.modes import outside_inference_mode
 from torchcap.plan.latency import LatencyTable
 from torchcap.plan.plan import Plan
 from torchcap.plan.sensitivity import Sensitivity
@@ -40,11 +40,12 @@ from torchcap.training.rounds import Round
 from torchcap.training.solve import select, solve_layers
 from torchcap.training.state import StateFile
 from torchcap.training.taps import TeacherPass, expansion
-from torchcap.transform.balance import balance_
+from torchcap.transform.balance import Balance
 from torchcap.transform.fold import fold_
 from torchcap.transform.materialize import materialize
+from torchcap.transform.observe import observe
 from torchcap.transform.prepare import project_
-from torchcap.transform.start import bases_for
+from torchcap.transform.start import Moments, bases_for
 from torchcap.transform.student import Student, find_attachment
 
 M = TypeVar("M", bound=nn.Module)
@@ -62,6 +63,7 @@ def prepare(  # noqa: PLR0913 - an argument for each thing that may be said
     leaves: Sequence[type[nn.Module]] = (),
     rules: Rules | None = None,
     streams: bool = False,
+    seed: int = 0,
 ) -> M:
     """Return a copy of a trained model whose free channel spaces are projected to fewer channels.
 
@@ -86,6 +88,7 @@ def prepare(  # noqa: PLR0913 - an argument for each thing that may be said
         leaves: module classes that are read as one operator, as in :func:`torchcap.analyze`.
         rules: operator rules that are asked first, as in :func:`torchcap.analyze`.
         streams: whether residual streams are spaces too, as in :func:`torchcap.analyze`.
+        seed: of everything that is drawn: the order of ``data``, and positions in large features.
 
     Returns:
         the student, in the mode of ``model``.
@@ -107,17 +110,33 @@ def prepare(  # noqa: PLR0913 - an argument for each thing that may be said
     student = copied(model)
     fold_(student, graph.folds)
     folded = graph.after_folding()
-    bases: dict[str, Tensor] = {}
-    if init is None and data is not None:
-        bases = balance_(student, folded, plan, data)
-    if init is None:
-        init = LargestNorm() if data is None else GreedySelection()
-    others = Plan({n: c for n, c in plan.choices.items() if n not in bases}, plan.model)
-    bases |= bases_for(student, folded, others, init, data)
+    bases = _starts(student, folded, plan, init, data, seed)
     state = project_(student, graph, plan, bases)
     lifts = [expansion(tap, state) for tap in graph.taps]
     TeacherPass(model, graph.taps, lifts, own=graph.written).attach(student)
     return student
+
+
+def _starts(
+    student: nn.Module,
+    graph: SpaceGraph,
+    plan: Plan,
+    init: Initializer | None,
+    data: Batches | None,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Choose where projections start; linear spaces change their coordinates, in place."""
+    if data is None:
+        return bases_for(student, graph, plan, init or LargestNorm())
+    balance = Balance(student, graph, plan if init is None else Plan({}, plan.model))
+    rest = {n: choice for n, choice in plan.choices.items() if n not in balance.spaces}
+    generator = torch.Generator().manual_seed(mixed_seed(seed))
+    moments = Moments(student, [graph[name] for name in rest], generator)
+    with as_source(data, student, seed, once=True).passing(0) as batches:
+        observe(student, batches, balance, moments)
+    bases = balance.apply_()
+    others = Plan(rest, plan.model)
+    return bases | bases_for(student, graph, others, init or GreedySelection(), moments)
 
 
 @outside_inference_mode

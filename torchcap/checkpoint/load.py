@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from torchcap.modes import outside_inference_mode
 from torchcap.checkpoint.builders import build, set_images_
 from torchcap.checkpoint.contents import Contents
 from torchcap.checkpoint.file import read
@@ -21,6 +20,7 @@ from torchcap.graph.analyze import analyze
 from torchcap.graph.copies import shadow
 from torchcap.graph.inputs import ExampleInputs
 from torchcap.graph.rules import Rules
+from torchcap.modes import outside_inference_mode
 from torchcap.pipeline import prepare
 from torchcap.transform.student import unwrapped
 

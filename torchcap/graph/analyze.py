@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from torchcap.modes import outside_inference_mode
 from torchcap.errors import ModelError, TraceError
 from torchcap.graph.branches import other_sides
 from torchcap.graph.escapes import escaped_sizes
@@ -24,6 +23,7 @@ from torchcap.graph.rules import OPERATORS, Rules, Target, find_module_operator,
 from torchcap.graph.spaces import SpaceGraph
 from torchcap.graph.trace import Traced, Tracer, is_builtin_leaf, on_meta
 from torchcap.graph.values import Operator, as_operator
+from torchcap.modes import outside_inference_mode
 
 
 @outside_inference_mode
@@ -223,9 +223,7 @@ def _read(
     return _Found(replace(graph, notes=(*graph.notes, *notes)))
 
 
-def leaf_rule(
-    leaves: Sequence[type[nn.Module]], operators: Mapping[Target, Operator]
-) -> LeafRule:
+def leaf_rule(leaves: Sequence[type[nn.Module]], operators: Mapping[Target, Operator]) -> LeafRule:
     """Return which modules are read as one operator: the user's leaves, and what has a rule."""
 
     def is_leaf(module: nn.Module) -> bool:

@@ -41,7 +41,9 @@ def assignment(call: Call) -> Value:
     """``x[index] = value``, beside the channels: a part of the tensor comes from elsewhere."""
     x, index, value = call.args
     if not isinstance(x, Channels) or any(isinstance(v, Channels | Opaque) for v in flat(index)):
-        return call.give_up(f"{call.label} by a tensor, or into one whose channels are not followed")
+        return call.give_up(
+            f"{call.label} by a tensor, or into one whose channels are not followed"
+        )
     entries = list(index) if isinstance(index, tuple) else [index]
     consumed = sum(entry is not None and entry is not Ellipsis for entry in entries)
     at = entries.index(Ellipsis) if Ellipsis in entries else len(entries)

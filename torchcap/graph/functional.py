@@ -80,9 +80,7 @@ def _repeated(value: Any, dims: int) -> Any:
     return (value,) * dims if isinstance(value, int) else tuple(value)
 
 
-def _as_layer(
-    call: Call, names: tuple[str, ...], is_meant: Callable[[nn.Module], bool]
-) -> Value:
+def _as_layer(call: Call, names: tuple[str, ...], is_meant: Callable[[nn.Module], bool]) -> Value:
     """Ask the rule of the layer whose weights a function is given."""
     given = {name: call.argument(index, name) for index, name in enumerate(names)}
     held = {name: value for name, value in given.items() if isinstance(value, Weight)}

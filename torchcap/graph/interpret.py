@@ -80,9 +80,7 @@ class Interpretation:
         self.read_outside = self._modules_read_outside()
         self.direct: set[tuple[str, str, int]] = set()
         self.astray: set[tuple[str, str]] = set()
-        self.folds = find_folds(
-            self.readings, {*self.shared, *self.read_outside}, operators
-        )
+        self.folds = find_folds(self.readings, {*self.shared, *self.read_outside}, operators)
         self.folded = {fold.norm for fold in self.folds if fold.norm is not None}
         self.notes: Counter[str] = Counter()
         self.values: dict[fx.Node, Value] = {}

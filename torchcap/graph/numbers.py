@@ -33,9 +33,7 @@ def pin_settings(call: Call) -> None:
 
 
 def _product(left: int, right: int) -> int:
-    places = tuple(
-        place for v in (left, right) if isinstance(v, Setting) for place in v.places
-    )
+    places = tuple(place for v in (left, right) if isinstance(v, Setting) for place in v.places)
     if not places:
         return left * right
     times = 1

@@ -111,9 +111,7 @@ def _combine(call: Call, verb: str) -> Value:
     if isinstance(other, Opaque):
         behind = len(x.shape) - x.dim
         if len(other.shape) >= behind and other.shape[-behind] != 1:
-            return call.give_up(
-                f"{verb} a tensor whose channels are not followed"
-            )
+            return call.give_up(f"{verb} a tensor whose channels are not followed")
     elif not isinstance(other, int | float):
         return call.give_up(f"{verb} {type(other).__name__}")
     # A term that is one for all channels does not commute with a rotation; a factor does.
@@ -254,9 +252,7 @@ def concatenation(call: Call) -> Value:
             pieces.append(tensor.ids)
         elif isinstance(tensor, Opaque):
             pieces.append(call.table.new(tensor.shape[at]))
-            call.fix(
-                pieces[-1], f"{call.label} with a tensor whose channels are not followed"
-            )
+            call.fix(pieces[-1], f"{call.label} with a tensor whose channels are not followed")
     if dim == at:
         return Channels(call.shape, at, np.concatenate(pieces))
     for piece in pieces[1:]:

@@ -245,9 +245,10 @@ def _compare_pieces(model: nn.Module, tracer: Tracer, tracing: Tracing) -> str |
 
     def note(path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if path not in calls:
-            calls[path] = Inputs(*mapped((args, dict(kwargs)), _own)), [
-                tensor.clone() for tensor in tensors_in(output)
-            ]
+            calls[path] = (
+                Inputs(*mapped((args, dict(kwargs)), _own)),
+                [tensor.clone() for tensor in tensors_in(output)],
+            )
 
     handles = [
         model.get_submodule(path).register_forward_hook(

@@ -688,9 +688,7 @@ class Recorder(TorchFunctionMode):
             args = (self._node_of(self.builder, tensor),)
             self._append(self.builder, "call_method", "size", args, {}, sizes, here())
             return torch.Size(sizes)
-        return Shape(
-            self.size_at(self._dimension(tensor, dim), n) for dim, n in enumerate(sizes)
-        )
+        return Shape(self.size_at(self._dimension(tensor, dim), n) for dim, n in enumerate(sizes))
 
     def _size(self, name: str, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         if name in {"size", "__len__"}:

@@ -283,9 +283,11 @@ OPERATORS: Mapping[Target, Operator] = {
     **dict.fromkeys(_RESPONSE_NORMS, _operator(response_norm, kind="norm")),
     **dict.fromkeys(TRANSPOSED_CONVOLUTIONS, _TRANSPOSED),
     **dict.fromkeys(_EVO_NORMS_OF_BATCHES, _operator(refusal("measures every batch"))),
-    nn.MultiheadAttention: _operator(refusal(
-        "computes with all of its weights together; torchcap.split_attention(model) takes it apart"
-    )),
+    nn.MultiheadAttention: _operator(
+        refusal(
+            "computes with all of its weights together; torchcap.split_attention(model) takes it apart"
+        )
+    ),
     GlobalResponseNorm: _operator(global_response_norm, kind="norm"),
     ConvMlp: _operator(conv_mlp, kind="layers"),
     BlurPool2d: _operator(blur_pool),
@@ -375,9 +377,12 @@ OPERATORS: Mapping[Target, Operator] = {
     **LAYER_FUNCTIONS,
     **dict.fromkeys((torch.zeros, torch.ones), _operator(made(0), None, "other", Extent)),
     torch.full: _operator(made(0), None, "other", Extent),
-    **dict.fromkeys(("new_zeros", "new_ones", "new_full"), _operator(made(1), None, "other", Extent)),
     **dict.fromkeys(
-        (torch.empty, torch.rand, torch.randn), _operator(made(0, constant=False), None, "other", Extent)
+        ("new_zeros", "new_ones", "new_full"), _operator(made(1), None, "other", Extent)
+    ),
+    **dict.fromkeys(
+        (torch.empty, torch.rand, torch.randn),
+        _operator(made(0, constant=False), None, "other", Extent),
     ),
     assigned: _operator(assignment),
     F.scaled_dot_product_attention: _operator(dot_product_attention, dot_product_attention),

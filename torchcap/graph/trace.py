@@ -305,7 +305,12 @@ def is_builtin_leaf(module: nn.Module) -> bool:
 
 def on_meta(model: nn.Module) -> bool:
     """Whether a model has tensors without values."""
-    return any(t.is_meta for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None)
+    return any(
+        t.is_meta
+        for m in model.modules()
+        for t in (*m._parameters.values(), *m._buffers.values())
+        if t is not None
+    )
 
 
 def holds(outer: str, inner: str) -> bool:
@@ -410,7 +415,10 @@ def _storage(model: nn.Module, tensor: Tensor) -> str:
 
 
 def _misfit(
-    model: nn.Module, training: bool, inputs: Inputs, error: Exception  # noqa: FBT001
+    model: nn.Module,
+    training: bool,
+    inputs: Inputs,
+    error: Exception,  # noqa: FBT001
 ) -> ExampleInputsError:
     shapes = [
         tuple(v.shape) if isinstance(v, Tensor) else v

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-from torchcap.modes import outside_inference_mode
 from torchcap.errors import ModelError, PlanError
 from torchcap.graph.analyze import Reader
 from torchcap.graph.copies import HOOKS, copied
@@ -23,6 +22,7 @@ from torchcap.graph.inputs import ExampleInputs, Inputs, as_inputs, default_inpu
 from torchcap.graph.rules import Rules
 from torchcap.graph.spaces import SpaceGraph
 from torchcap.graph.weights import layer_input, output_axis
+from torchcap.modes import outside_inference_mode
 from torchcap.plan.cost import cost
 from torchcap.plan.latency import EVEN, LatencyTable, LayerTimes, predict_latency
 from torchcap.plan.plan import Plan

@@ -18,7 +18,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from torchcap.modes import outside_inference_mode
 from torchcap import processes
 from torchcap.batches import Batch, Batches, Source, as_source
 from torchcap.digest import digest
@@ -28,6 +27,7 @@ from torchcap.graph.copies import copied, running, shadow
 from torchcap.graph.inputs import ExampleInputs
 from torchcap.graph.rules import Rules
 from torchcap.graph.spaces import Port, SpaceGraph, Tap
+from torchcap.modes import outside_inference_mode
 from torchcap.nests import tensors_in
 from torchcap.plan.cost import cost
 from torchcap.plan.plan import Choice, Plan

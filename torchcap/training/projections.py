@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchcap.modes import outside_inference_mode
 from torchcap.batches import Batches, Source, as_source
 from torchcap.errors import RecipeError
+from torchcap.modes import outside_inference_mode
 from torchcap.projection.maps import Stiefel
 from torchcap.projection.polar import polar
 from torchcap.training.fit import fit

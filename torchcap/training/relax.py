@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchcap.modes import outside_inference_mode
 from torchcap import processes
 from torchcap.batches import Batches, Source, as_source
 from torchcap.errors import ModelError
 from torchcap.graph.analyze import Reader
 from torchcap.graph.rules import Rules
 from torchcap.graph.spaces import SpaceGraph, Tap
+from torchcap.modes import outside_inference_mode
 from torchcap.projection.moments import JointMoments
 from torchcap.training.fit import fit
 from torchcap.training.norms import (
@@ -143,7 +143,8 @@ def train_kernels(
     graphs = reader(small, inputs), reader(teacher, inputs)
     pairs = _pairs(*graphs)
     schedule = _without_places(schedule, small) if not pairs else schedule
-    with evaluating(small):
+    with evaluating(small), in_float32(small) as widened:
+        source = source.in_float32() if widened else source
         lifts = _lifts(small, teacher, pairs, source) if schedule.reconstruction > 0 else None
         folds = graphs[1].folds if schedule.batch_norm else ()
         fresh = insert_fresh_norms_(small, folds, source)
@@ -177,6 +178,28 @@ def _pairs(ours: SpaceGraph, theirs: SpaceGraph) -> list[tuple[Tap, Tap]]:
     """Return the places where both models can be looked at, by the name of their value."""
     twins = {tap.name: tap for tap in theirs.taps}
     return [(tap, twins[tap.name]) for tap in ours.taps if tap.name in twins]
+
+
+@contextlib.contextmanager
+def in_float32(model: nn.Module) -> Iterator[bool]:
+    """Keep what a model has in float16 in float32 for a while: small steps would round to none.
+
+    Yields:
+        whether there is any.
+    """
+
+    def named() -> dict[str, Tensor]:
+        return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+    half = {name: t for name, t in named().items() if t.dtype == torch.float16}
+    for tensor in half.values():
+        tensor.data = tensor.data.float()
+    try:
+        yield bool(half)
+    finally:
+        for name, tensor in named().items():
+            if name in half:
+                tensor.data = tensor.data.half()
 
 
 @contextlib.contextmanager

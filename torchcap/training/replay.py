@@ -48,7 +48,9 @@ class _Walker:
     def run(self, values: Values, start: int, batch: Batch) -> None:
         """Run the nodes of the order from one of its places on."""
         if start == 0:
-            self.interpreter.args_iter = iter(flattened(self.model, Inputs(batch.args, batch.kwargs)))
+            self.interpreter.args_iter = iter(
+                flattened(self.model, Inputs(batch.args, batch.kwargs))
+            )
         self.interpreter.env = values
         done = {self.nodes[index] for index in self.order[:start]}
         for index in self.order[start:]:

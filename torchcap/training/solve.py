@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from torchcap.modes import outside_inference_mode
 from torchcap import processes
 from torchcap.batches import Batches, Source, as_source, mixed_seed
 from torchcap.graph.analyze import Reader
@@ -29,6 +28,7 @@ from torchcap.graph.copies import copied
 from torchcap.graph.rules import OPERATORS, STANDARDIZED, Rules, find_module_operator
 from torchcap.graph.spaces import ChannelSpace, SpaceGraph
 from torchcap.graph.weights import output_axis
+from torchcap.modes import outside_inference_mode
 from torchcap.plan.plan import Plan
 from torchcap.projection.initialize import (
     Elimination,
@@ -571,7 +571,9 @@ def _plain_layer(model: nn.Module, name: str) -> _Layer | None:
     if not isinstance(layer, _Layer) or (isinstance(layer, _Transposed) and layer.groups > 1):
         return None
     # A subclass may do something else, and a standardised weight is not the one that is stored.
-    known = find_module_operator(layer, OPERATORS) is not None and not isinstance(layer, STANDARDIZED)
+    known = find_module_operator(layer, OPERATORS) is not None and not isinstance(
+        layer, STANDARDIZED
+    )
     own = not parametrize.is_parametrized(layer) and isinstance(layer.weight, nn.Parameter)
     return layer if known and own else None
 

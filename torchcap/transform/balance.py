@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchcap.batches import Batches, as_batch, check_iterable
+from torchcap.batches import Batches
 from torchcap.graph.spaces import ChannelSpace, Port, SpaceGraph
 from torchcap.plan.plan import Plan
 from torchcap.projection.moments import SecondMoments
-from torchcap.transform.start import watched
+from torchcap.transform.observe import observe
 
 RIDGE = 1e-6
 """Added to both moments, as a share of their mean diagonal: directions without features stay."""
@@ -67,21 +67,51 @@ def balance_(model: nn.Module, graph: SpaceGraph, plan: Plan, data: Batches) -> 
         for each space that was changed the basis that keeps its first channels,
         ``(blocks, channels / blocks, rank / blocks)``.
     """
-    bases: dict[str, Tensor] = {}
-    blocks: list[_Block] = []
-    for name, choice in plan.choices.items():
-        space = graph[name]
-        found = _blocks(model, graph, space)
-        if found is not None:
-            blocks += found
-            width, rank = space.channels // space.blocks, choice.rank // space.blocks
-            bases[name] = torch.eye(width, rank, dtype=torch.float64).expand(space.blocks, -1, -1)
-    if not blocks:
-        return {}
-    moments = _collect(model, blocks, data)
-    for block in blocks:
-        _change_(model, block, moments)
-    return bases
+    balance = Balance(model, graph, plan)
+    if balance.spaces:
+        observe(model, data, balance)
+    return balance.apply_()
+
+
+class Balance:
+    """The work of :func:`balance_`: moments are gathered by :func:`observe`, then it is applied.
+
+    Attributes:
+        spaces: those that will be changed.
+    """
+
+    def __init__(self, model: nn.Module, graph: SpaceGraph, plan: Plan) -> None:
+        self.model, self.plan, self.graph = model, plan, graph
+        found = {name: _blocks(model, graph, graph[name]) for name in plan.choices}
+        self.spaces = tuple(name for name, blocks in found.items() if blocks is not None)
+        self.blocks = [block for blocks in found.values() for block in blocks or ()]
+        self.moments: dict[tuple[str, str, int], SecondMoments] = {}
+        sides: dict[str, dict[str, list[tuple[int, SecondMoments]]]] = {"input": {}, "output": {}}
+        for block in self.blocks:
+            seen = [("output", *s) for s in (*block.written, *block.keys)] if block.keys else []
+            for key in [*seen, *(("input", *stretch) for stretch in block.read)]:
+                side, path, first = key
+                weight = getattr(model.get_submodule(path), "weight")  # noqa: B009 - of no known type
+                self.moments[key] = SecondMoments(block.width, device=weight.device)
+                sides[side].setdefault(path, []).append((first, self.moments[key]))
+        self.inputs = {path: partial(_see, found) for path, found in sides["input"].items()}
+        self.outputs = {path: partial(_see, found) for path, found in sides["output"].items()}
+
+    @torch.no_grad()
+    def apply_(self) -> dict[str, Tensor]:
+        """Change the coordinates, in place, and return the bases; see :func:`balance_`."""
+        for moments in self.moments.values():
+            moments.reduce()
+        for block in self.blocks:
+            _change_(self.model, block, self.moments)
+        bases = {}
+        for name in self.spaces:
+            space, rank = self.graph[name], self.plan.choices[name].rank
+            eye = torch.eye(
+                space.channels // space.blocks, rank // space.blocks, dtype=torch.float64
+            )
+            bases[name] = eye.expand(space.blocks, -1, -1)
+        return bases
 
 
 def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +151,8 @@ def _blocks(model: nn.Module, graph: SpaceGraph, space: ChannelSpace) -> list[_B
         return None
     width = space.channels // space.blocks
     ports = [p for p in (*space.producers, *space.consumers) if p.parameter == "weight"]
-    if not all(_is_plain(model, port, width) for port in ports):
+    called = {call.module for call in graph.calls}  # hooks see no function that takes a weight
+    if not all(port.module in called and _is_plain(model, port, width) for port in ports):
         return None
     blocks = [_Block(space.name, number, width) for number in range(space.blocks)]
     for port in ports:
@@ -156,30 +187,6 @@ def _is_plain(model: nn.Module, port: Port, width: int) -> bool:
 # Moments and changes
 
 
-def _collect(
-    model: nn.Module, blocks: list[_Block], data: Batches
-) -> Mapping[tuple[str, str, int], SecondMoments]:
-    """Sum up what is written of queries and keys, and what else is read, in evaluation mode."""
-    check_iterable(data)
-    wanted: dict[tuple[str, str, int], SecondMoments] = {}
-    for block in blocks:
-        seen = [("output", *s) for s in (*block.written, *block.keys)] if block.keys else []
-        for key in [*seen, *(("input", *stretch) for stretch in block.read)]:
-            weight = getattr(model.get_submodule(key[1]), "weight")  # noqa: B009 - of no known type
-            wanted[key] = SecondMoments(block.width, device=weight.device)
-    sides: dict[str, dict[str, list[tuple[int, SecondMoments]]]] = {"input": {}, "output": {}}
-    for (side, path, first), moments in wanted.items():
-        sides[side].setdefault(path, []).append((first, moments))
-    inputs = {path: partial(_see, found) for path, found in sides["input"].items()}
-    outputs = {path: partial(_see, found) for path, found in sides["output"].items()}
-    with watched(model, inputs, outputs):
-        for number, batch in enumerate(data):
-            as_batch(batch, number).run(model)
-    for moments in wanted.values():
-        moments.reduce()
-    return wanted
-
-
 def _see(
     found: list[tuple[int, SecondMoments]],
     layer: nn.Module,
@@ -188,7 +195,8 @@ def _see(
 ) -> None:
     """Add what a layer reads, or what it writes, to the moments of its stretches."""
     x = args[0] if output is None else output
-    rows = x.movedim(-1 if isinstance(layer, nn.Linear) else 1, -1).flatten(0, -2)
+    kernel: tuple[int, ...] = getattr(layer, "kernel_size", ())
+    rows = x.movedim(x.ndim - 1 - len(kernel), -1).reshape(-1, x.shape[x.ndim - 1 - len(kernel)])
     for first, moments in found:
         moments.update(rows[:, first : first + moments.features])
 

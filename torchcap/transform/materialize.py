@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from torchcap.modes import outside_inference_mode
 from torchcap.graph.copies import HOOKS, copied
+from torchcap.modes import outside_inference_mode
 from torchcap.projection.maps import shared_bases
 from torchcap.projection.parametrizations import ProjectAxis
 from torchcap.transform.student import Student, attachments, student_of, unwrapped

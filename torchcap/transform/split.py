@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchcap.modes import outside_inference_mode
 from torchcap.errors import ModelError
 from torchcap.graph.copies import copied
+from torchcap.modes import outside_inference_mode
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchcap.batches import Batches, as_batch, check_iterable
+from torchcap.batches import Batches
 from torchcap.errors import DataError, PlanError, TorchcapError
 from torchcap.graph.spaces import ChannelSpace, Port, SpaceGraph
-from torchcap.graph.weights import TRANSPOSED_CONVOLUTIONS, layer_input
+from torchcap.graph.weights import TRANSPOSED_CONVOLUTIONS
 from torchcap.plan.plan import Plan
 from torchcap.projection.initialize import Initializer, Readout, SpaceContext
 from torchcap.projection.moments import SecondMoments, input_patches, output_rows
+from torchcap.transform.observe import observe
 
 FULL_MOMENT_FEATURES = 2304
 """Largest patch whose moments are kept whole; taps of larger ones are treated one by one."""
@@ -27,7 +26,7 @@ ROWS_PER_BATCH = 8192
 
 _Key = tuple[str, Port]
 
-_Moments = Mapping[_Key, "_Reading | _Writing"]
+_Found = Mapping[_Key, "_Reading | _Writing"]
 
 
 @dataclass(slots=True)
@@ -69,7 +68,7 @@ def bases_for(
     graph: SpaceGraph,
     plan: Plan,
     init: Initializer,
-    data: Batches | None = None,
+    data: Batches | Moments | None = None,
 ) -> dict[str, Tensor]:
     """Choose a starting basis for every planned space. The model is not changed.
 
@@ -78,7 +77,8 @@ def bases_for(
         graph: its spaces, after folding.
         plan: the ranks.
         init: chooses one basis from what is around a space.
-        data: batches for the second moments; None if the initializer goes by weights alone.
+        data: batches for the second moments, or these; None if the initializer goes by weights
+            alone.
 
     Returns:
         space name -> basis, ``(blocks, channels / blocks, rank / blocks)``.
@@ -103,11 +103,14 @@ class Surroundings:
 
 
 def surroundings(
-    model: nn.Module, graph: SpaceGraph, plan: Plan, data: Batches | None = None
+    model: nn.Module, graph: SpaceGraph, plan: Plan, data: Batches | Moments | None = None
 ) -> Iterator[Surroundings]:
     """Iterate over what stands around every planned space; see :func:`bases_for`."""
     spaces = [graph[name] for name in plan.choices]
-    moments = {} if data is None else _collect(model, spaces, data)
+    if data is not None and not isinstance(data, Moments):
+        batches, data = data, Moments(model, spaces)
+        observe(model, batches, data)
+    moments = {} if data is None else data.found()
     for space in spaces:
         yield _surroundings(model, graph, space, plan, moments)
 
@@ -142,7 +145,7 @@ def _basis(init: Initializer, context: SpaceContext) -> Tensor:
 
 
 def _surroundings(
-    model: nn.Module, graph: SpaceGraph, space: ChannelSpace, plan: Plan, moments: _Moments
+    model: nn.Module, graph: SpaceGraph, space: ChannelSpace, plan: Plan, moments: _Found
 ) -> Surroundings:
     producers = [
         _embedded(_rows(model, port), port, space.channels)
@@ -212,7 +215,7 @@ def _readout(model: nn.Module, space: ChannelSpace, port: Port, reading: _Readin
     return Readout(weight, wide, mean.flatten())
 
 
-def _score_readout(graph: SpaceGraph, space: ChannelSpace, moments: _Moments) -> Iterator[Readout]:
+def _score_readout(graph: SpaceGraph, space: ChannelSpace, moments: _Found) -> Iterator[Readout]:
     """Yield how dot products of queries and keys read a space.
 
     With ``z = q * k``, channel by channel, the product is ``Σ z``; taken as independent, the two
@@ -228,22 +231,25 @@ def _score_readout(graph: SpaceGraph, space: ChannelSpace, moments: _Moments) ->
     for number, product in enumerate(products):
         inside = slice(product.block * width, (product.block + 1) * width)
         weight[number, inside] = 1
-        queries, keys = (
-            _written(space, moments, *side)[:width, :width]
-            for side in (product.left, product.right)
-        )
+        sides = [_written(space, moments, *side) for side in (product.left, product.right)]
+        queries, keys = (None if side is None else side[:width, :width] for side in sides)
+        if queries is None or keys is None:
+            return
         moment[inside, inside] += queries * keys
     yield Readout(weight, moment)
 
 
-def _written(space: ChannelSpace, moments: _Moments, module: str, first: int) -> Tensor:
-    """Return the second moment of what a layer writes, from one of its outputs on."""
+def _written(space: ChannelSpace, moments: _Found, module: str, first: int) -> Tensor | None:
+    """Return the second moment of what a layer writes, from one of its outputs on.
+
+    None if nothing has been seen of it: a function may be called with its weight.
+    """
     for port in space.producers:
         writing = moments.get((space.name, port))
         start = first - port.offset
         if port.module == module and isinstance(writing, _Writing) and 0 <= start < port.channels:
             return writing.moments.second_moment[start:, start:]
-    raise AssertionError(f"nothing was seen of {module}")  # every producer has been watched
+    return None
 
 
 def _cut_between_groups_(moment: Tensor, port: Port) -> None:
@@ -271,49 +277,53 @@ def _own_moment(space: ChannelSpace, readings: list[_Reading]) -> Tensor | None:
     return None
 
 
-@torch.no_grad()
-def _collect(model: nn.Module, spaces: list[ChannelSpace], data: Batches) -> _Moments:
-    """Run the data through the model and sum up the moments of every consumer's input.
+class Moments:
+    """The second moments of what consumers of some spaces read, gathered by :func:`observe`.
 
-    Where queries and keys meet in a dot product, what their layers write is summed up too.
+    Where queries and keys meet in a dot product, those of what their layers write are gathered too.
+
+    Args:
+        model: a folded model.
+        spaces: whose surroundings are looked at.
+        generator: draws the output positions that are looked at.
     """
-    check_iterable(data)
-    readings: dict[_Key, _Reading] = {}
-    writings: dict[_Key, _Writing] = {}
-    by_module: dict[str, list[_Reading]] = {}
-    by_writer: dict[str, list[_Writing]] = {}
-    for space in spaces:
-        for port in space.producers if space.products else ():
-            if port.parameter == "weight":
-                weight = getattr(model.get_submodule(port.module), port.parameter)
-                moments = SecondMoments(port.channels, device=weight.device)
-                writings[space.name, port] = _Writing(port, moments)
-                by_writer.setdefault(port.module, []).append(writings[space.name, port])
-        for port in space.consumers:
-            reading = _new_reading(model, port)
-            readings[space.name, port] = reading
-            by_module.setdefault(port.module, []).append(reading)
-    seen = 0
-    inputs = {path: _Watch(seeing) for path, seeing in by_module.items()}
-    outputs = {path: _WatchOutput(writing) for path, writing in by_writer.items()}
-    with watched(model, inputs, outputs):
-        for batch in data:
-            as_batch(batch, seen).run(model)
-            seen += 1
-    if not seen:
-        raise DataError("the data is empty: expected at least one batch of images")
-    for reading in readings.values():
-        reading.moments.reduce()
-    for writing in writings.values():
-        writing.moments.reduce()
-    # A reader that runs in training mode alone has seen nothing.
-    seeing = {key: reading for key, reading in readings.items() if reading.moments.count}
-    if readings and not seeing:
-        raise DataError("the data is empty: its batches hold no images")
-    return {
-        **seeing,
-        **{key: writing for key, writing in writings.items() if writing.moments.count},
-    }
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spaces: Sequence[ChannelSpace],
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.readings: dict[_Key, _Reading] = {}
+        self.writings: dict[_Key, _Writing] = {}
+        by_module: dict[str, list[_Reading]] = {}
+        by_writer: dict[str, list[_Writing]] = {}
+        for space in spaces:
+            for port in space.producers if space.products else ():
+                if port.parameter == "weight":
+                    weight = getattr(model.get_submodule(port.module), port.parameter)
+                    moments = SecondMoments(port.channels, device=weight.device)
+                    writing = self.writings[space.name, port] = _Writing(port, moments)
+                    by_writer.setdefault(port.module, []).append(writing)
+            for port in space.consumers:
+                reading = self.readings[space.name, port] = _new_reading(model, port)
+                by_module.setdefault(port.module, []).append(reading)
+        self.inputs = {path: _Watch(seeing, generator) for path, seeing in by_module.items()}
+        self.outputs = {path: _WatchOutput(w, generator) for path, w in by_writer.items()}
+
+    def found(self) -> _Found:
+        """Return what has been seen, over all processes.
+
+        Raises:
+            DataError: if nothing was.
+        """
+        found: dict[_Key, _Reading | _Writing] = {**self.readings, **self.writings}
+        for seen in found.values():
+            seen.moments.reduce()
+        # A reader that runs in training mode alone, or as a function, has seen nothing.
+        if self.readings and not any(r.moments.count for r in self.readings.values()):
+            raise DataError("the data is empty: its batches hold no images")
+        return {key: seen for key, seen in found.items() if seen.moments.count}
 
 
 def _new_reading(model: nn.Module, port: Port) -> _Reading:
@@ -326,69 +336,31 @@ def _new_reading(model: nn.Module, port: Port) -> _Reading:
     return _Reading(port, taps, SecondMoments(features, device=weight.device), whole)
 
 
-@contextlib.contextmanager
-def watched(
-    model: nn.Module,
-    inputs: Mapping[str, Callable[[nn.Module, tuple[Any, ...]], None]],
-    outputs: Mapping[str, Callable[[nn.Module, tuple[Any, ...], Tensor], None]],
-) -> Iterator[None]:
-    """Hook layers for a while, with the model in evaluation mode.
-
-    Args:
-        model: the model.
-        inputs: qualified name of a layer -> what is shown its arguments.
-        outputs: qualified name of a layer -> what is shown its output.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    handles = []
-    try:
-        for path, see in inputs.items():
-            hook = partial(_given, see)
-            layer = model.get_submodule(path)
-            handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-        for path, see_output in outputs.items():
-            handles.append(model.get_submodule(path).register_forward_hook(see_output))
-        model.eval()
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes:
-            module.training = training
-
-
-def _given(
-    see: Callable[[nn.Module, tuple[Any, ...]], None],
-    layer: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> None:
-    """Show a layer's arguments; its input may be given by name."""
-    see(layer, (layer_input(args, kwargs),))
-
-
 @dataclass(slots=True)
 class _Watch:
     readings: list[_Reading]
+    generator: torch.Generator | None
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        patches = _rows_read(layer, args[0])
+        patches = _rows_read(layer, args[0], self.generator)
         for reading in self.readings:
             reading.update(patches)
 
 
-def _rows_read(layer: nn.Module, x: Tensor) -> Tensor:
+def _rows_read(layer: nn.Module, x: Tensor, generator: torch.Generator | None) -> Tensor:
     """Return what a layer multiplies with its weight, ``(groups, rows, features)``."""
     if isinstance(layer, TRANSPOSED_CONVOLUTIONS):  # every position by itself
-        return output_rows(layer, x, max_rows=ROWS_PER_BATCH).unsqueeze(0)
-    return input_patches(layer, x, max_rows=ROWS_PER_BATCH)
+        rows = output_rows(layer, x, max_rows=ROWS_PER_BATCH, generator=generator)
+        return rows.unsqueeze(0)
+    return input_patches(layer, x, max_rows=ROWS_PER_BATCH, generator=generator)
 
 
 @dataclass(slots=True)
 class _WatchOutput:
     writings: list[_Writing]
+    generator: torch.Generator | None
 
     def __call__(self, layer: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        rows = output_rows(layer, output, max_rows=ROWS_PER_BATCH)
+        rows = output_rows(layer, output, max_rows=ROWS_PER_BATCH, generator=self.generator)
         for writing in self.writings:
             writing.update(rows)
