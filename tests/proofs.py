@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torchcap import Plan, RandomOrthonormal, SpaceGraph, analyze, materialize, prepare
 from torchcap.graph.spaces import ChannelSpace, Port
 from torchcap.projection.initialize import SpaceContext
+from torchcap.graph.copies import copied
 from torchcap.transform.fold import fold_
 
 # --------------------------------------------------------------------------------------------------
@@ -72,10 +72,10 @@ def randomize_(model: nn.Module, generator: torch.Generator) -> None:
 def permutation_error(model: nn.Module, spaces: Sequence[ChannelSpace], inputs: Any) -> float:
     """Return how much the output changes when the channels of every given space are permuted."""
     generator = torch.Generator().manual_seed(0)
-    changed = copy.deepcopy(model)
+    changed = copied(model)
     for space in spaces:
         permute_space_(changed, space, generator)
-    return relative_difference(changed(*inputs), model(*inputs))
+    return relative_difference(changed(*inputs), copied(model)(*inputs))
 
 
 def permute_space_(model: nn.Module, space: ChannelSpace, generator: torch.Generator) -> None:
@@ -149,7 +149,7 @@ def random_student(model: nn.Module, plan: Plan, inputs: Any, seed: int = 0) -> 
 def identity_error(model: nn.Module, inputs: Any) -> float:
     """Return how far the model that is prepared at full width is from the original."""
     student = prepare(model, ratio=1.0, example_inputs=inputs)
-    return relative_difference(student(*inputs), model(*inputs))
+    return relative_difference(student(*inputs), copied(model)(*inputs))
 
 
 @torch.no_grad()
@@ -194,7 +194,7 @@ def selection_error(
     plan = Plan.of(graph, ranks)
     student = prepare(model, plan=plan, example_inputs=inputs, init=start, streams=streams)
     small = materialize(student)
-    masked = copy.deepcopy(model)
+    masked = copied(model)
     fold_(masked, graph.folds)
     for space in graph.after_folding().spaces:
         for port in space.producers + space.consumers if space.name in ranks else ():

@@ -201,8 +201,9 @@ def _read(
     tracing = tracer.tracing()
     reading = Interpretation(tracer.model, tracing, operators, streams=streams)
     graph = reading.graph()
-    hidden = escaped_sizes(tracer, tracing, reading.silent_sizes())
+    escaped = escaped_sizes(tracer, tracing, reading.silent_sizes())
     more, unread = other_sides(tracer, tracing, reading.branches())
+    more += escaped.graphs
     notes: list[str] = []
     if most > 0:
         if on_meta(tracer.model):
@@ -214,10 +215,15 @@ def _read(
             if proof.mismatch is not None:
                 return _Found(graph, proof.mismatch)
             more = [*more, *proof.graphs]
-    if hidden or more or unread:
+    if escaped.channels or more or unread:
         tracing = replace(tracing, graphs=(*tracing.graphs, *more))
         reading = Interpretation(
-            tracer.model, tracing, operators, streams=streams, hidden=hidden, unread_sides=unread
+            tracer.model,
+            tracing,
+            operators,
+            streams=streams,
+            hidden=escaped.channels,
+            unread_sides=unread,
         )
         graph = reading.graph()
     return _Found(replace(graph, notes=(*graph.notes, *notes)))

@@ -1,19 +1,23 @@
-"""Sizes that escape: what C makes of a number of channels leaves nothing in a graph.
+"""Sizes that escape: what C makes of a size leaves nothing in a graph.
 
 ``range(n)``, ``int(n)``, ``[0] * n``, ``numpy.zeros(n)`` take the integer and are gone. So a forward
-whose numbers of channels are to change is recorded once more, with sizes that lie to C and to
-nobody else. The graph has to be the same; where it is not, or where the forward fails, the sizes
-are used in ways that could not follow.
+is recorded once more, with sizes that lie to C and to nobody else. If the graph is the same, nothing
+escapes. If not, or where the forward fails, it is found out whether numbers of channels do, which
+then stay, or the sizes of batches and images, for which the forward is recorded at others too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from torchcap.graph.channels import Ids
-from torchcap.graph.trace import Signature, Tracer, Tracing
+from torchcap.graph.inputs import Inputs
+from torchcap.graph.trace import Traced, Tracer, Tracing
+from torchcap.nests import mapped
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,21 +35,42 @@ class Silent:
     ids: Ids
 
 
-def escaped_sizes(tracer: Tracer, tracing: Tracing, sizes: Sequence[Silent]) -> list[Silent]:
-    """Return those of some sizes that forwards use in ways which graphs don't show."""
-    if not sizes or _is_same(tracer, tracing, sizes):
-        return []
+@dataclass(frozen=True, slots=True)
+class Escaped:
+    """What has escaped.
+
+    Attributes:
+        channels: the sizes that follow channels.
+        graphs: of batches and images of other sizes, as far as they are other programs.
+    """
+
+    channels: tuple[Silent, ...] = ()
+    graphs: tuple[Traced, ...] = ()
+
+
+def escaped_sizes(tracer: Tracer, tracing: Tracing, sizes: Sequence[Silent]) -> Escaped:
+    """Find the sizes that forwards use in ways which graphs don't show."""
+    measured = {dimension.key for dimension in tracing.dimensions}
+    counts = {size.key for size in sizes}
+    if not measured | counts or _is_same(tracer, tracing, measured | counts):
+        return Escaped()
+    graphs = tuple(_of_other_sizes(tracer, tracing)) if measured - counts else ()
+    if not counts or _is_same(tracer, tracing, counts):
+        return Escaped(graphs=graphs)
     groups: dict[str, list[Silent]] = {}
     for size in sizes:
         groups.setdefault(size.name.rpartition(".")[2], []).append(size)
-    return [
-        size for group in groups.values() if not _is_same(tracer, tracing, group) for size in group
+    found = [
+        size
+        for group in groups.values()
+        if not _is_same(tracer, tracing, {size.key for size in group})
+        for size in group
     ]
+    return Escaped(tuple(found), graphs)
 
 
-def _is_same(tracer: Tracer, tracing: Tracing, sizes: Sequence[Silent]) -> bool:
+def _is_same(tracer: Tracer, tracing: Tracing, lies: Collection[tuple[Any, ...]]) -> bool:
     """Whether the forwards are the same programs with sizes that lie."""
-    lies = {size.key for size in sizes}
     for mode in ("eval", "train"):
         known = [graph.signature for graph in tracing.graphs if graph.mode == mode]
         if not known or (mode == "train" and tracing.alone):
@@ -54,10 +79,41 @@ def _is_same(tracer: Tracer, tracing: Tracing, sizes: Sequence[Silent]) -> bool:
             found = tracer.record(training=mode == "train", lies=lies)
         except Exception:  # whatever a wrong number leads to
             return False
-        if not all(told in found_ for told in known for found_ in [_signatures(found.graphs)]):
+        again = [graph.signature for graph in found.graphs]
+        if not all(signature in again for signature in known):
             return False
     return True
 
 
-def _signatures(graphs: Sequence[Any]) -> list[Signature]:
-    return [graph.signature for graph in graphs]
+def _of_other_sizes(tracer: Tracer, tracing: Tracing) -> Iterator[Traced]:
+    """Yield the graphs of other batches and images that are not those of the example."""
+    known = [graph.outline for graph in tracing.graphs]
+    for batch, image in _SIZES:
+        try:
+            found = tracer.record(inputs=_resized(tracer.inputs, batch, image))
+        except Exception:  # the model is made for other sizes
+            continue
+        for graph in found.graphs:
+            if graph.outline not in known:
+                known.append(graph.outline)
+                yield replace(graph, turned=True)
+
+
+_SIZES = ((1, 1.0), (3, 1.0), (2, 0.5), (2, 2.0))
+"""Numbers of images, and how large they are, that a forward is recorded for."""
+
+
+def _resized(inputs: Inputs, batch: int, image: float) -> Inputs:
+    """Return inputs of another batch size and other image sizes; their values don't matter."""
+
+    def other(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() < 2:
+            return value
+        shape = list(value.shape)
+        shape[0] = batch
+        if value.dim() >= 4:
+            shape[-2:] = [max(1, int(size * image)) for size in shape[-2:]]
+        return value.new_zeros(shape)
+
+    args, kwargs = mapped((inputs.args, dict(inputs.kwargs)), other)
+    return Inputs(args, kwargs)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from torchcap.graph.operators import addition
-from torchcap.graph.values import Call, Heads, Held, Value, Weight
+from torchcap.graph.values import Call, Channels, Extent, Heads, Held, Value, Weight
 
 FUNCTIONAL_CONVOLUTIONS: Mapping[Any, type[_ConvNd]] = {
     F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d,
@@ -56,8 +56,14 @@ def layer_norm_function(call: Call) -> Value:
     names = ("input", "normalized_shape", "weight", "bias", "eps")
 
     def is_meant(layer: nn.Module) -> bool:
-        shape = getattr(layer, "normalized_shape", None)
-        return shape is not None and tuple(call.argument(1, "normalized_shape")) == tuple(shape)
+        shape, given = getattr(layer, "normalized_shape", ()), call.argument(1, "normalized_shape")
+        if len(shape) != 1 or len(given) != 1 or not isinstance(given[0], Extent):
+            return False  # a number of channels that could not follow
+        x = call.argument(0, "input")
+        if isinstance(x, Channels) and given[0].number == shape[0]:
+            call.agree(given[0], Extent(x.ids))
+            return True
+        return False
 
     return _as_layer(call, names, is_meant)
 
@@ -92,7 +98,7 @@ def _as_layer(call: Call, names: tuple[str, ...], is_meant: Callable[[nn.Module]
         return call.give_up(f"no rule for {call.label} with a weight that is no layer's own{whose}")
     (path,) = owners
     layer = call.layer_at(path)
-    operator = call.operator_of(layer)
+    operator = call.operator_of(layer, patched=True)
     term = None if "bias" in held else given.get("bias")
     lacking = {n for n in _TENSORS if getattr(layer, n, None) is not None} - held.keys()
     added = term is not None and operator is not None and operator.kind == "linear"

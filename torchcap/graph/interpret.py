@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -234,7 +235,7 @@ class Interpretation:
             module=reading.module(node),
             path=str(node.target) if node.op == "call_module" else "",
             table=self.table,
-            operator_of=lambda module: find_module_operator(module, self.operators),
+            operator_of=partial(find_module_operator, operators=self.operators),
             kind_of=lambda other: self._kind_of(reading, other),
             module_of=reading.module,
             layer_at=self.model.get_submodule,
@@ -325,7 +326,8 @@ class Interpretation:
     def _is_handed_on(self, node: fx.Node, owner: nn.Module) -> bool:
         """Whether a layer's tensor is read by functions alone that do what a layer does."""
         users = [user for user in node.users if user.target in LAYER_FUNCTIONS]
-        return len(users) == len(node.users) > 0 and self._is_layer(owner)
+        known = find_module_operator(owner, self.operators, patched=True) is not None
+        return len(users) == len(node.users) > 0 and known
 
     def _list_all_layers(self) -> None:
         """Give every layer its axes, those too that no graph has led to, with the reason."""

@@ -11,6 +11,7 @@ the forward does, for other batches and images too.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import math
 import operator
@@ -357,14 +358,22 @@ class Recorder(TorchFunctionMode):
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
-        """Note which attributes forwards read, and let ``math.sqrt`` keep origins, for a while."""
+        """Note which attributes forwards read, and let some functions keep origins, for a while."""
         math.sqrt = _square_root
+        builtins.len = self._length
         nn.Module.__getattribute__ = self._getter()  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
             del nn.Module.__getattribute__
             math.sqrt = _SQUARE_ROOT
+            builtins.len = _LENGTH
+
+    def _length(self, value: Any) -> int:
+        """Return the length of anything; that of a tensor knows its origin."""
+        if isinstance(value, Tensor) and not self.busy and value.dim() > 0:
+            return self._shape(value)[0]  # type: ignore[no-any-return]
+        return _LENGTH(value)
 
     def _getter(self) -> Callable[[nn.Module, str], Any]:
         plain, paths = object.__getattribute__, self.paths
@@ -785,6 +794,7 @@ class SeenByDispatch(TorchDispatchMode):
 
 
 _SQUARE_ROOT = math.sqrt
+_LENGTH = len
 
 
 def _square_root(number: Any) -> Any:

@@ -262,7 +262,7 @@ LAYER_FUNCTIONS: Mapping[Target, Operator] = {
     **dict.fromkeys(FUNCTIONAL_CONVOLUTIONS, _operator(convolution_function)),
     **dict.fromkeys(
         (F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm),
-        _operator(layer_norm_function, layer_norm_function),
+        _operator(layer_norm_function, None, "other", Extent),
     ),
     F.batch_norm: _operator(batch_norm_function),
     F.group_norm: _operator(group_norm_function),
@@ -398,13 +398,18 @@ def is_patched(module: nn.Module) -> bool:
 
 
 def find_module_operator(
-    module: nn.Module, operators: Mapping[Target, Operator]
+    module: nn.Module, operators: Mapping[Target, Operator], *, patched: bool = False
 ) -> Operator | None:
     """Return the record of a module's class, or of the class whose computation it inherits.
 
     A module whose methods have been replaced on the instance computes what nobody knows.
+
+    Args:
+        module: the module.
+        operators: what is known of operators.
+        patched: whether the record of the class is wanted all the same.
     """
-    if is_patched(module):
+    if is_patched(module) and not patched:
         return None
     for base in type(module).__mro__:
         found = operators.get(base)

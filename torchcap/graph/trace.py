@@ -103,6 +103,15 @@ class Traced:
         return [(n.op, str(n.target), str((n.args, n.kwargs))) for n in self.graph.nodes]
 
 
+    @property
+    def outline(self) -> list[tuple[str, str, tuple[str, ...]]]:
+        """What tells the programs of two graphs apart, whatever numbers there are in them."""
+        return [
+            (n.op, str(n.target), tuple(source.name for source in n.all_input_nodes))
+            for n in self.graph.nodes
+        ]
+
+
 @dataclass(frozen=True, slots=True)
 class Tracing:
     """All graphs of a model.
@@ -261,12 +270,11 @@ class Tracer:
             places = attribute_sizes(copied, lambda module: id(module) in leaves)
             put_sizes_(copied, [(at, recorder.size_at(at, at.get(copied))) for at in places])
         try:
-            output = self._run(recorder, fake, inputs)
+            self._run(recorder, fake, inputs)
         except Exception as error:  # a user's forward may raise anything on a wrong shape
             if recorder.record.values:
                 return Recording([], recorder.record)
             raise _misfit(self.model, training, inputs, error) from error
-        _note_stored(recorder.record, copied, list(tensors_in(output)))
         recorder.record.ran = [Run(*mapped(tuple(run), _on_meta)) for run in recorder.record.ran]
         mode = "train" if training else "eval"
         graphs = [
@@ -274,7 +282,8 @@ class Tracer:
         ]
         return Recording(graphs, recorder.record)
 
-    def _run(self, recorder: Recorder, fake: SeenByFakes | None, inputs: Inputs) -> Any:
+    def _run(self, recorder: Recorder, fake: SeenByFakes | None, inputs: Inputs) -> None:
+        """Run the forward, and note what is still alive behind it."""
         with (
             torch.inference_mode(mode=False),
             torch.no_grad(),
@@ -287,13 +296,16 @@ class Tracer:
                 args, kwargs = mapped((inputs.args, dict(inputs.kwargs)), _own)
                 given = arranged(self.model, Inputs(args, kwargs))
                 with SeenByDispatch(recorder):
-                    return recorder.run_forward(args, kwargs, given)
+                    output = recorder.run_forward(args, kwargs, given)
+                _note_stored(recorder, list(tensors_in(output)))
+                return
             with fake:
                 faked = partial(_fake, fake)
                 args, kwargs = mapped((inputs.args, dict(inputs.kwargs)), faked)
                 given = arranged(self.model, Inputs(args, kwargs))
                 fake.recorder = recorder
-                return recorder.run_forward(args, kwargs, given)
+                output = recorder.run_forward(args, kwargs, given)
+            _note_stored(recorder, list(tensors_in(output)))
 
 
 def is_builtin_leaf(module: nn.Module) -> bool:
@@ -380,7 +392,7 @@ def _traced(model: nn.Module, builder: Builder, mode: str, unread: Mapping[str, 
     )
 
 
-def _note_stored(record: Record, copied: nn.Module, outputs: Sequence[Tensor]) -> None:
+def _note_stored(recorder: Recorder, outputs: Sequence[Tensor]) -> None:
     """Note the tensors that are alive after the forward, and are not what it returned.
 
     A module, a hook or a closure has stored them, for somebody who will read them.
@@ -390,7 +402,7 @@ def _note_stored(record: Record, copied: nn.Module, outputs: Sequence[Tensor]) -
     def stored() -> list[tuple[Entry, Tensor]]:
         return [
             (entry, tensor)
-            for builder in record.builders
+            for builder in recorder.record.builders
             for entry in builder.entries.values()
             if entry.node.op not in {"placeholder", "get_attr"}
             and (tensor := entry.reference()) is not None
@@ -402,7 +414,7 @@ def _note_stored(record: Record, copied: nn.Module, outputs: Sequence[Tensor]) -
     gc.collect()  # what stands in a cycle is not stored, it only has not gone yet
     found = stored()
     for entry, tensor in found:
-        entry.builder.kept.setdefault(entry.at(), _storage(copied, tensor))
+        entry.builder.kept.setdefault(entry.at(), _storage(recorder.model, tensor))
     forget_([tensor for _, tensor in found])
 
 
@@ -463,6 +475,10 @@ class GraphRunner(fx.Interpreter):
         for name, constant in traced.constants.items():
             setattr(twin, name, constant)
         super().__init__(twin, garbage_collect_values=not keep, graph=traced.graph)
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the forward of a module; a class may do more when it is called."""
+        return self.fetch_attr(target).forward(*args, **kwargs)
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of a node's call, in lists of its own that it may write into."""

@@ -283,7 +283,7 @@ class Call:
     module: nn.Module | None
     path: str
     table: ChannelTable
-    operator_of: Callable[[nn.Module], Operator | None]
+    operator_of: Callable[..., Operator | None]
     kind_of: Callable[[fx.Node], Kind | None]
     module_of: Callable[[fx.Node], nn.Module | None]
     layer_at: Callable[[str], nn.Module]
@@ -401,6 +401,8 @@ class Call:
         if self.module is not None:
             self.table.abandoned.setdefault(self.path, reason)
         for value in flat((self.args, self.kwargs)):
+            if isinstance(value, Weight):
+                self.table.abandoned.setdefault(value.module, reason)
             ids = followed_ids(value)
             if ids is not None:
                 self.table.fix(ids, reason)

@@ -1,0 +1,78 @@
+"""Odd code is read as it runs: no wrong small model, no crash, no changed model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from proofs import (
+    identity_error,
+    materialize_error,
+    permutation_error,
+    random_plan,
+    random_student,
+    randomize_,
+    relative_difference,
+    selection_error,
+)
+from quirks import GLOBAL, QUIRKS, Net
+from small_nets import fingerprint
+from torch import Tensor, nn
+
+from torchcap import NothingToCompressError, analyze, compress, materialize
+from torchcap.graph.copies import copied
+
+
+def image(count: int = 2, size: int = 12) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, 3, size, size, generator=generator, dtype=torch.float64)
+
+
+INPUTS = ((image(),), (image(3),), (image(1, 8),))
+
+
+def built(*kinds: str) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Net(*kinds).double().eval()
+    randomize_(model, torch.Generator().manual_seed(1))
+    return model
+
+
+def check(model: nn.Module) -> set[str]:
+    """Check everything that holds of any model, and return the names of its free spaces."""
+    before, kept = fingerprint(model), list(GLOBAL)
+    graph = analyze(model, image())
+    assert fingerprint(model) == before
+    assert [id(t) for t in kept] == [id(t) for t in GLOBAL]
+    if not graph.free:
+        with pytest.raises(NothingToCompressError):
+            compress(model, example_inputs=image())
+        return set()
+    for inputs in INPUTS:
+        assert permutation_error(model, graph.free, inputs) <= 1e-9
+    assert identity_error(model, (image(),)) <= 1e-12
+    plan = random_plan(graph, 0)
+    student = random_student(model, plan, (image(),))
+    assert fingerprint(model) == before
+    small = materialize(student)
+    for inputs in INPUTS:
+        with torch.no_grad():
+            found = copied(small)(*inputs), copied(student)(*inputs)
+        assert relative_difference(*found) <= 1e-11
+    error = selection_error(model, plan, (image(),))
+    assert error is None or error <= 1e-9
+    assert fingerprint(model) == before
+    return {space.name for space in graph.free}
+
+
+@pytest.mark.parametrize("kind", QUIRKS)
+def test_odd_code_is_compressed_or_left_alone(kind: str) -> None:
+    free = check(built(kind))
+    expected = QUIRKS[kind].free
+    if expected is not None:
+        assert ("quirks.0.a" in free) == expected
