@@ -65,8 +65,10 @@ def scaling(call: Call) -> Value:
     found = _divided(call, *call.args) if len(call.args) == 2 and not call.kwargs else None
     if found is not None:
         return found
-    if any(followed_ids(root) is not None for root in roots):
-        return call.give_up("multiplied with a root of its number of channels")
+    for root in roots:
+        ids = followed_ids(root)
+        if ids is not None:
+            call.fix(ids, "the root of its number of channels is computed with")
     pin_settings(call)
     plain = tuple(v.number if isinstance(v, Root) else v for v in call.args)
     return scaling(replace(call, args=plain, kwargs={}))

@@ -74,10 +74,17 @@ def linear(call: Call) -> Value:
     x = call.argument(0, "input")
     if not call.plain("weight", "bias"):
         return call.give_up(f"the weight of {call.label} is already parametrized")
+    reading = call.table.axis(call.path, [("weight", 1)], "consumer", layer.in_features)
+    writing = _written(call, layer, layer.out_features)
     if isinstance(x, Channels) and x.dim != len(x.shape) - 1:
-        return call.give_up(f"{call.label} mixes another dimension than the channels")
-    _read(call, x, call.table.axis(call.path, [("weight", 1)], "consumer", layer.in_features))
-    return Channels(call.shape, len(call.shape) - 1, _written(call, layer, layer.out_features))
+        # It mixes positions, of which there are as many as ever; each channel by itself.
+        for ids in (reading, writing):
+            call.fix(ids, f"{call.label} mixes another dimension than the channels")
+        if layer.bias is not None:
+            call.table.bend(x.ids)  # a term that is one for all channels commutes with no rotation
+        return call.like(x)
+    _read(call, x, reading)
+    return Channels(call.shape, len(call.shape) - 1, writing)
 
 
 def conv_mlp(call: Call) -> Value:

@@ -543,7 +543,7 @@ class Recorder(TorchFunctionMode):
             if shows or isinstance(error, LOOKS_AT_VALUES):
                 self._note_value(func.__name__, place)
             raise
-        if shows and not _is_fake(plain_args):
+        if shows and not _is_fake(plain_args) and not _is_made(asked):
             self._note_value(func.__name__, place)
         if self.builder is not None and follows_values(func, plain_args):
             self.builder.strange = f"shapes follow values, at {place}"
@@ -578,6 +578,7 @@ class Recorder(TorchFunctionMode):
             raise RecursionError(f"the forward has more than {self.longest} operators")
         node = builder.add(op, target, args, kwargs)
         node.meta["where"], node.meta["path"] = place, self.here
+        node.meta["made"] = op != "call_module" and _is_made((args, kwargs))
         self._describe(node, output)
         for path, leaf in leaves_of(output):
             if isinstance(leaf, Tensor):
@@ -732,7 +733,7 @@ class Recorder(TorchFunctionMode):
             node = builder.add("call_method", name, (origin.entry.at(), *rest), {})
         elif isinstance(origin, Place):
             node = builder.add("get_attr", origin.path, (), {})
-            node.meta["val"] = size.true
+            node.meta |= {"val": size.true, "place": origin}
             if origin.index is not None:
                 node = builder.add("call_function", operator.getitem, (node, origin.index), {})
             node.meta["place"] = origin
@@ -807,6 +808,15 @@ def _seen(value: Any) -> Any:
 
 def _is_fake(args: Any) -> bool:
     return any(hasattr(tensor, "fake_mode") for tensor in tensors_in(args))
+
+
+def _is_made(arguments: Any) -> bool:
+    """Whether arguments hold no tensor but those that are made of constants and sizes."""
+    nodes = [leaf for _, leaf in leaves_of(arguments) if isinstance(leaf, fx.Node)]
+    return all(
+        node.meta.get("made") or not any(isinstance(v, Seen) for _, v in leaves_of(node.meta["val"]))
+        for node in nodes
+    )
 
 
 def _is_measured(size: Any) -> bool:

@@ -221,8 +221,7 @@ class Tracer:
         try:
             found = self.record(training=False)
         except ExampleInputsError:  # what fake tensors can't do, real ones may
-            if on_meta(self.model):
-                raise
+            pass
         else:
             if not found.record.values:
                 return found
@@ -250,7 +249,7 @@ class Tracer:
         """
         inputs = self.inputs if inputs is None else inputs
         fake = None if self.real else SeenByFakes(allow_non_fake_inputs=True)
-        copied = shadow(self.model, torch.clone if fake is None else fake.from_tensor)
+        copied = shadow(self.model, _own if fake is None else fake.from_tensor)
         leaves = {id(module) for module in copied.modules() if self.is_leaf(module)}
         for module in copied.modules():
             # Layers run as in evaluation: batch norm refuses one value a channel in training.
@@ -354,7 +353,15 @@ def _owners(*models: nn.Module) -> dict[int, Place]:
 
 
 def _own(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+    """Return a copy of a tensor; one without values gets some."""
+    if not isinstance(value, Tensor):
+        return value
+    if not value.is_meta:
+        return value.clone()
+    made = torch.zeros(value.shape, dtype=value.dtype)
+    if value.is_floating_point():
+        made = torch.rand(value.shape, dtype=value.dtype, generator=torch.Generator().manual_seed(0))
+    return nn.Parameter(made, requires_grad=False) if isinstance(value, nn.Parameter) else made
 
 
 def _fake(mode: FakeTensorMode, value: Any) -> Any:
