@@ -113,12 +113,14 @@ class ChannelTable:
         axes: the axes of all layers, by (module, tensor, axis).
         bound: attributes that say how many channels there are (as a product), with the channels.
         pinned: attributes that are used in another way too.
+        beside: the layers that mix another dimension than the channels, with these.
         abandoned: the modules that a rule gave up on in one of their calls, with the reason; what
             another call says of them does not hold.
     """
 
     axes: dict[tuple[str, str, int], Axis] = field(default_factory=dict)
     abandoned: dict[str, str] = field(default_factory=dict)
+    beside: dict[str, Ids] = field(default_factory=dict)
     _size: int = 0
     _joins: list[tuple[Ids, Ids]] = field(default_factory=list)
     _fixed: list[tuple[Ids, str]] = field(default_factory=list)

@@ -107,6 +107,7 @@ class Interpretation:
         ]
         # Of all heads one tells how many channels each of them has.
         heads = [rows[0] for rows in (*bound.values(), *(scaling.ids for scaling in scalings))]
+        heads += self.table.beside.values()
         resolved = self.table.resolve([*(sight.value.ids for sight in sights), *heads])
         layouts, head_layouts = resolved.layouts[: len(sights)], resolved.layouts[len(sights) :]
         spaces, names = spaces_of(self.table, resolved)
@@ -117,13 +118,14 @@ class Interpretation:
         sizes = [HeldSize(place, count) for place, count in zip(bound, counts, strict=False)]
         scaled = [
             scaled_rows(self.table, scaling, count)
-            for scaling, count in zip(scalings, counts[len(bound) :], strict=True)
+            for scaling, count in zip(scalings, counts[len(bound) :], strict=False)
         ]
+        beside = dict(zip(self.table.beside, counts[len(bound) + len(scalings) :], strict=True))
         return SpaceGraph(
             model=type(self.model).__name__,
             spaces=tuple(sorted(spaces, key=self._place_in_forward())),
             tensors={name: tuple(p.shape) for name, p in self.model.named_parameters()},
-            calls=tuple(self._calls()),
+            calls=tuple(replace(c, beside=beside.get(c.module)) for c in self._calls()),
             folds=self.folds,
             taps=tuple(taps_of(sights, layouts, names, spaces)),
             notes=tuple(self._all_notes()),

@@ -80,6 +80,9 @@ def linear(call: Call) -> Value:
         # It mixes positions, of which there are as many as ever; each channel by itself.
         for ids in (reading, writing):
             call.fix(ids, f"{call.label} mixes another dimension than the channels")
+        known = call.table.beside.setdefault(call.path, x.ids)
+        if not np.array_equal(known, x.ids):  # called for other channels too
+            return call.give_up(f"{call.label} mixes another dimension of several spaces")
         if layer.bias is not None:
             call.table.bend(x.ids)  # a term that is one for all channels commutes with no rotation
         return call.like(x)

@@ -160,6 +160,9 @@ class Counted:
         return int(self.size - gone)
 
 
+_NONE = Counted(1, ())
+
+
 @dataclass(frozen=True, slots=True)
 class DotProduct:
     """A product of queries and keys over the channels of one block of a space.
@@ -221,6 +224,8 @@ class LayerCall:
         written: values that are put out for each entry of the weight's axis of outputs: batch
             times output positions, and times the groups of a transposed convolution.
         axis: the axis of the weight that the outputs lie on.
+        beside: the channels among the positions, where the layer mixes another dimension than
+            them: it runs once for each.
     """
 
     module: str
@@ -228,6 +233,7 @@ class LayerCall:
     shape: tuple[int, ...]
     written: int
     axis: int = 0
+    beside: Counted | None = None
 
     @property
     def macs(self) -> int:
@@ -289,9 +295,15 @@ class SpaceGraph:
         return self.share(*self.free)
 
     def share(self, *spaces: ChannelSpace) -> float:
-        """Return the share of the multiply-adds in layers that write, carry or read the spaces."""
+        """Return the share of the multiply-adds in layers that a change of the spaces reaches."""
         touched = {port.module for space in spaces for port in space.ports}
-        return sum(c.macs for c in self.calls if c.module in touched) / max(1, self.macs)
+        names = {space.name for space in spaces}
+        macs = (
+            call.macs
+            for call in self.calls
+            if call.module in touched or names & {n for n, _ in (call.beside or _NONE).parts}
+        )
+        return sum(macs) / max(1, self.macs)
 
     def __str__(self) -> str:
         return "\n".join(_table(self))

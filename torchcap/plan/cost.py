@@ -9,9 +9,11 @@ convolutions and linear maps that are called as functions.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from math import prod
 from typing import Literal
 
@@ -70,7 +72,7 @@ def cost(graph: SpaceGraph, plan: Plan | None = None) -> Cost:
         PlanError: if the plan does not fit the graph.
     """
     shapes = _planned_shapes(graph, plan)
-    layers = costs_of_calls(graph.calls, shapes)
+    layers = costs_of_calls(_planned_calls(graph, plan), shapes)
     return Cost(
         sum(layer.macs for layer in layers),
         sum(map(prod, shapes.values())),
@@ -101,7 +103,8 @@ def layer_costs(graph: SpaceGraph, plan: Plan | None = None) -> tuple[LayerCost,
         0 conv (2, 3, 3, 3) 1944 56
         1 conv (4, 2, 3, 3) 1152 76
     """
-    return costs_of_calls(graph.calls, _planned_shapes(graph, plan))
+    shapes = _planned_shapes(graph, plan)
+    return costs_of_calls(_planned_calls(graph, plan), shapes)
 
 
 def costs_of_calls(calls: Iterable[LayerCall], shapes: Shapes) -> tuple[LayerCost, ...]:
@@ -140,6 +143,19 @@ def _owner(tensor: str) -> str:
     """Return the layer that a parameter belongs to, be it parametrized or plain."""
     layer, parametrized, _ = f".{tensor}".partition(".parametrizations.")
     return (layer if parametrized else layer.rpartition(".")[0])[1:]
+
+
+def _planned_calls(graph: SpaceGraph, plan: Plan | None) -> Iterator[LayerCall]:
+    """Yield the calls of a smaller model: some layers run once for each channel beside them."""
+    choices = {} if plan is None else plan.choices
+    ratios = {n: Fraction(choice.rank, graph[n].channels) for n, choice in choices.items()}
+    for call in graph.calls:
+        if call.beside is None:
+            yield call
+            continue
+        kept, size = call.beside.kept(ratios), call.beside.size
+        positions, written = (count * kept // size for count in (call.positions, call.written))
+        yield dataclasses.replace(call, positions=positions, written=written)
 
 
 def _planned_shapes(graph: SpaceGraph, plan: Plan | None) -> Shapes:

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from torchcap.graph.spaces import SpaceGraph
+from torchcap.graph.spaces import Counted, SpaceGraph
 
 Vector = NDArray[np.float64]
 Table = tuple[tuple[int, ...], Vector]
@@ -103,6 +103,16 @@ class Sizes:
         parts = self._parts.get((tensor, axis), np.zeros(len(self.spaces)))
         return Size(self.graph.tensors[tensor][axis] - float(parts @ full), parts)
 
+    def counted(self, counted: Counted) -> Size:
+        """Return how many of some channels are left."""
+        parts = np.zeros(len(self.spaces))
+        held = 0
+        for name, count in counted.parts:
+            if name in self.spaces:
+                parts[self.spaces.index(name)] += count / self.graph[name].channels
+                held += count
+        return Size(counted.size - held, parts)
+
     def volume(self, tensor: str) -> tuple[float, tuple[Size, ...]]:
         """Return a tensor's number of entries: a factor, and the sizes of at most two axes."""
         axes = [self(tensor, axis) for axis in range(len(self.graph.tensors[tensor]))]
@@ -116,7 +126,9 @@ def multiply_adds(graph: SpaceGraph) -> Quadratic:
     terms: list[tuple[float, tuple[Size, ...]]] = []
     for call in sizes.graph.calls:
         tensor = weight_of(call.module)
-        if tensor in sizes.graph.tensors:
+        if call.beside is not None:  # the weight of such a layer never changes
+            terms.append((call.macs / call.beside.size, (sizes.counted(call.beside),)))
+        elif tensor in sizes.graph.tensors:
             kernel, axes = sizes.volume(tensor)
             terms.append((call.positions * kernel, axes))
         else:  # tied or parametrized weights never change
@@ -136,7 +148,10 @@ def activations(graph: SpaceGraph) -> Quadratic:
     terms: list[tuple[float, tuple[Size, ...]]] = []
     for call in sizes.graph.calls:
         tensor = weight_of(call.module)
-        if tensor in sizes.graph.tensors:
+        if call.beside is not None:
+            written = call.written * call.shape[call.axis] / call.beside.size
+            terms.append((written, (sizes.counted(call.beside),)))
+        elif tensor in sizes.graph.tensors:
             terms.append((float(call.written), (sizes(tensor, call.axis),)))
         else:
             terms.append((float(call.written * call.shape[call.axis]), ()))
