@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     "torchcap.errors",
     "torchcap.nests",
+    "torchcap.modes",
     "torchcap.processes",
     "torchcap.digest",
     "torchcap.batches",
@@ -41,8 +42,8 @@ ORDER = (
     "torchcap.graph.moving",
     "torchcap.graph.factories",
     "torchcap.graph.layers",
-    "torchcap.graph.functional",
     "torchcap.graph.heads",
+    "torchcap.graph.functional",
     "torchcap.graph.attention",
     "torchcap.graph.rules",
     "torchcap.graph.folds",

@@ -194,7 +194,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     python, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002 - what users seed
     dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
-    kept = [(container, copy.copy(container)) for container in _named_containers(model)]
+    kept = [(container, _entries(container)) for container in _named_containers(model)]
     cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     devices = list(range(torch.cuda.device_count())) if cuda else []
     with torch.random.fork_rng(devices):
@@ -255,24 +255,38 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(constant)
 
 
-def _restore_(container: Any, before: Any) -> None:
-    """Put a container's entries back, in place, if they are others now."""
-    same = len(container) == len(before) and all(
-        a is b for a, b in zip(_entries(container), _entries(before), strict=True)
-    )
-    if same:
-        return
-    container.clear()
-    if isinstance(container, dict | set):
-        container.update(before)
-    else:
-        container.extend(before)
-
-
 def _entries(container: Any) -> list[Any]:
-    if isinstance(container, Mapping):
-        return [part for entry in container.items() for part in entry]
-    return list(container)
+    """Return what a container holds, whatever its class makes of looking at it."""
+    if isinstance(container, dict):
+        return list(dict.items(container))
+    kind = next(kind for kind in _CONTAINERS if isinstance(container, kind))
+    return list(kind.__iter__(container))
+
+
+def _restore_(container: Any, before: list[Any]) -> None:
+    """Put a container's entries back, in place, if they are others now."""
+    now = _entries(container)
+    if isinstance(container, dict):
+        pairs = [
+            (part, other)
+            for a, b in zip(now, before, strict=False)
+            for part, other in zip(a, b, strict=True)
+        ]
+    else:
+        pairs = list(zip(now, before, strict=False))
+    if len(now) == len(before) and all(a is b for a, b in pairs):
+        return
+    if isinstance(container, dict):
+        dict.clear(container)
+        for key, value in before:
+            dict.__setitem__(container, key, value)
+        return
+    kind = next(kind for kind in _CONTAINERS if isinstance(container, kind))
+    kind.clear(container)
+    (kind.update if kind is set else kind.extend)(container, before)
+
+
+_CONTAINERS: tuple[Any, ...] = (list, set, deque)
 
 
 def forget_(tensors: list[Tensor]) -> None:

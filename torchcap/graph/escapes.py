@@ -27,11 +27,13 @@ class Silent:
     Attributes:
         key: what the recorder calls it.
         name: of the attribute, or the place in the code where it is read.
+        group: what it has in common with those that code treats alike.
         ids: the channels that it counts.
     """
 
     key: tuple[Any, ...]
     name: str
+    group: str
     ids: Ids
 
 
@@ -59,7 +61,7 @@ def escaped_sizes(tracer: Tracer, tracing: Tracing, sizes: Sequence[Silent]) -> 
         return Escaped(graphs=graphs)
     groups: dict[str, list[Silent]] = {}
     for size in sizes:
-        groups.setdefault(size.name.rpartition(".")[2], []).append(size)
+        groups.setdefault(size.group, []).append(size)
     found = [
         size
         for group in groups.values()

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from torchcap.graph.heads import follows
 from torchcap.graph.operators import addition
-from torchcap.graph.values import Call, Channels, Extent, Heads, Held, Value, Weight
+from torchcap.graph.values import Call, Channels, Heads, Held, Value, Weight
 
 FUNCTIONAL_CONVOLUTIONS: Mapping[Any, type[_ConvNd]] = {
     F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d,
@@ -57,13 +58,10 @@ def layer_norm_function(call: Call) -> Value:
 
     def is_meant(layer: nn.Module) -> bool:
         shape, given = getattr(layer, "normalized_shape", ()), call.argument(1, "normalized_shape")
-        if len(shape) != 1 or len(given) != 1 or not isinstance(given[0], Extent):
-            return False  # a number of channels that could not follow
         x = call.argument(0, "input")
-        if isinstance(x, Channels) and given[0].number == shape[0]:
-            call.agree(given[0], Extent(x.ids))
-            return True
-        return False
+        if len(shape) != 1 or len(given) != 1 or not isinstance(x, Channels):
+            return False
+        return follows(call, given[0], x.ids[None])  # a plain number could not
 
     return _as_layer(call, names, is_meant)
 

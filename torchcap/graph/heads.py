@@ -409,6 +409,8 @@ def unchanged(call: Call) -> Value:
     x = call.argument(0, "input")
     if isinstance(x, Heads) and not call.result.is_floating_point():
         call.table.bend(x.ids)  # rounding is not linear
+    if isinstance(x, Channels | Opaque):  # heads among the other arguments only lend their dtype
+        return operators.unchanged(call)
     return _like(call, x) if isinstance(x, Heads) else call.give_up(call.unexpected)
 
 

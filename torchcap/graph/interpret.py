@@ -432,7 +432,10 @@ class Interpretation:
 
     def silent_sizes(self) -> list[Silent]:
         """Return the sizes that follow channels, about each of which C may be told a lie."""
-        found = [Silent(("attribute", str(place)), str(place), ids[0]) for place, ids in self.bound]
+        found = [
+            Silent(("attribute", str(place)), str(place), place.name, ids[0])
+            for place, ids in self.bound
+        ]
         for dimension in self.tracing.dimensions:
             value = self.values.get(dimension.entry.node)
             for key in dimension.entry.path:
@@ -440,7 +443,8 @@ class Interpretation:
             if not isinstance(value, Channels | Heads):
                 continue
             if dimension.dim is None or dimension.dim % len(value.shape) == value.dim:
-                found.append(Silent(dimension.key, str(dimension.where), value.ids.ravel()))
+                where = str(dimension.where)
+                found.append(Silent(dimension.key, where, where, value.ids.ravel()))
         return found
 
     def _fix_hidden(self) -> None:

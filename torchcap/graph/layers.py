@@ -197,6 +197,11 @@ def group_norm(call: Call) -> Value:
         return call.give_up(f"{call.label} does not normalise along the channels")
     if not _act_is_pointwise(call):
         return call.give_up(f"the activation inside {call.label} has no rule")
+    if layer.num_groups == len(x.ids):  # each channel by itself
+        _carry(call, x, ("weight", "bias"), 0, f"per-channel affine of {call.path!r}")
+        _counts(call, "num_groups", x)
+        call.table.bend(x.ids)
+        return call.like(x)
     _carry(call, x, ("weight", "bias"), 0, f"group norm {call.path!r}")
     call.select(x.ids, f"group norm {call.path!r}")
     pieces = x.ids.reshape(layer.num_groups, -1)

@@ -367,6 +367,16 @@ def along(place: int, name: str = "dim", default: Value = None, *, bends: bool =
     return rule
 
 
+def normalization(call: Call) -> Value:
+    """``F.normalize``: over the channels, or over other dimensions."""
+    x, dim = call.argument(0, "input"), call.argument(2, "dim", 1)
+    if isinstance(x, Channels) and type(dim) is int and dim % len(x.shape) == x.dim:
+        call.select(x.ids, "norm over channels")
+        call.table.bend(x.ids)
+        return call.like(x)
+    return beside(call, dim, bends=True)
+
+
 def beside(call: Call, dims: Value, *, bends: bool = False) -> Value:
     """Keep the channels, where none of the dimensions is theirs."""
     x, acted = call.argument(0, "input"), _dims(dims)

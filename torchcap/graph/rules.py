@@ -92,6 +92,7 @@ from torchcap.graph.operators import (
     gated_halves,
     interpolation,
     multiplied_addition,
+    normalization,
     padding,
     pointwise,
     reduction,
@@ -262,7 +263,7 @@ LAYER_FUNCTIONS: Mapping[Target, Operator] = {
     **dict.fromkeys(FUNCTIONAL_CONVOLUTIONS, _operator(convolution_function)),
     **dict.fromkeys(
         (F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm),
-        _operator(layer_norm_function, None, "other", Extent),
+        _operator(layer_norm_function, None, "other", Extent, Setting),
     ),
     F.batch_norm: _operator(batch_norm_function),
     F.group_norm: _operator(group_norm_function),
@@ -323,7 +324,7 @@ OPERATORS: Mapping[Target, Operator] = {
     **dict.fromkeys((torch.max, "max", torch.min, "min"), _operator(extreme)),
     **dict.fromkeys(_SOFTMAXES, _operator(along(1, bends=True), heads.softmax)),
     nn.Softmax2d: _operator(refusal("acts along the channels")),
-    F.normalize: _operator(along(2, default=1, bends=True), heads.normalization),
+    F.normalize: _operator(normalization, heads.normalization),
     **dict.fromkeys((torch.topk, "topk"), _operator(along(2, default=-1, bends=True))),
     **dict.fromkeys(
         (torch.sort, "sort", torch.argsort, "argsort"),
@@ -407,7 +408,7 @@ def find_module_operator(
     Args:
         module: the module.
         operators: what is known of operators.
-        patched: whether the record of the class is wanted all the same.
+        patched: whether the record is wanted all the same, of a class that computes otherwise too.
     """
     if is_patched(module) and not patched:
         return None
@@ -415,7 +416,7 @@ def find_module_operator(
         found = operators.get(base)
         if found is not None:
             same = all(getattr(type(module), m, 0) is getattr(base, m, 0) for m in _COMPUTATION)
-            return found if same else None
+            return found if same or patched else None
     return None
 
 

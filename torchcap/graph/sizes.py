@@ -122,8 +122,7 @@ class _Sized:
     def __hash__(self) -> int:
         if _caller_is_einops():  # keeps recipes by shape, unless shapes cannot be hashed
             raise TypeError(f"unhashable type: {type(self).__name__!r}")
-        self.witness.compared(hash, (self,), None)
-        return hash(self.told)
+        return hash(self.told)  # what is found by it is compared
 
     @property
     def told(self) -> Any:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
@@ -290,6 +291,7 @@ class Tracer:
             undisturbed(self.model),
             plain_transformers(),
             _eagerly(),
+            _unlogged(),
         ):
             if fake is None:
                 args, kwargs = mapped((inputs.args, dict(inputs.kwargs)), _own)
@@ -370,6 +372,17 @@ def _fake(mode: FakeTensorMode, value: Any) -> Any:
 
 def _on_meta(value: Any) -> Any:
     return value.on_meta() if isinstance(value, Seen) else value
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Let torch not report to its log what fails on fake tensors: what fails here is expected."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 @contextlib.contextmanager
