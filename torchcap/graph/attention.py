@@ -8,12 +8,10 @@ what they were.
 
 from __future__ import annotations
 
-import operator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -76,7 +74,7 @@ def scaling(call: Call) -> Value:
 
 def _divided(call: Call, x: Value, root: Value) -> Value | None:
     """Divide by the root of a number of channels, and let the layer behind make up for it."""
-    divides = call.node.target in _DIVISIONS
+    divides = call.node.target in operators.DIVISIONS
     if not isinstance(root, Root) or root.power != (0.5 if divides else -0.5):
         return None
     if isinstance(x, Scores):
@@ -93,8 +91,6 @@ def _divided(call: Call, x: Value, root: Value) -> Value | None:
     call.table.divide_side(rows, writer)
     return replace(x, shape=call.shape)
 
-
-_DIVISIONS = {operator.truediv, torch.div, "div", "div_", torch.divide, "divide"}
 
 
 def added_product(call: Call) -> Value:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from torchcap.graph.channels import Ids
 from torchcap.graph.values import Call, Channels, Extent, Held, Opaque, Rule, Value, flat, opaque
@@ -334,6 +336,10 @@ def reduction(place: int = 1, *, bends: bool = False) -> Rule:
         if not dims:
             return call.give_up("reduced over all dimensions")
         reduced = {d % len(x.shape) for d in dims}
+        if x.dim in reduced and _normalises(call, x):
+            call.select(x.ids, "norm over channels")
+            call.table.bend(x.ids)
+            return opaque(call.result)
         if x.dim in reduced:
             return call.give_up("reduced over the channels")
         if bends:
@@ -341,6 +347,29 @@ def reduction(place: int = 1, *, bends: bool = False) -> Rule:
         return _results(call, x, x.dim - sum(d < x.dim for d in reduced))
 
     return rule
+
+
+def _normalises(call: Call, x: Channels) -> bool:
+    """Whether a mean over channels is what these are divided by, as global response norms do."""
+    name = getattr(call.node.target, "__name__", call.node.target)
+    if name != "mean" or not call.argument(2, "keepdim", default=False):
+        return False
+    node = call.node
+    while len(node.users) == 1:
+        (user,) = node.users
+        kind = call.kind_of(user)
+        if kind == "product" and user.args[1:] == (node,) and user.target in DIVISIONS:
+            other = call.values.get(user.args[0])  # type: ignore[arg-type]
+            return isinstance(other, Channels) and np.array_equal(other.ids, x.ids)
+        if kind != "sum" or any(isinstance(a, fx.Node) and a is not node for a in user.args):
+            return False
+        node = user
+    return False
+
+
+DIVISIONS: frozenset[Any] = frozenset(
+    {operator.truediv, torch.div, "div", "div_", torch.divide, "divide"}
+)
 
 
 def extreme(call: Call) -> Value:

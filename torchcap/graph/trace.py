@@ -196,11 +196,9 @@ class Tracer:
         alone = False
         if record.modal:
             try:
-                training = self.record(training=True)
+                graphs = _different([*graphs, *self._training().graphs])
             except ExampleInputsError:  # it may want labels, or a larger batch
                 alone = True
-            else:
-                graphs = _different([*graphs, *training.graphs])
         if not graphs:
             raise TraceError(
                 f"cannot read {type(self.model).__name__!r}, nor any part of it: "
@@ -219,16 +217,34 @@ class Tracer:
         )
 
     def _evaluation(self) -> Recording:
+        """Record the evaluation forward, on real tensors where fake ones won't do."""
+        if not self.real:
+            try:
+                found = self.record(training=False)
+            except ExampleInputsError:  # what fake tensors can't do, real ones may
+                pass
+            else:
+                if not found.record.values:
+                    return found
+            self.real = True
+        return self._in_pieces(training=False)
+
+    def _training(self) -> Recording:
+        """Record the training forward; what it leaves unread is its own."""
+        known = dict(self.unread), self.real
         try:
-            found = self.record(training=False)
-        except ExampleInputsError:  # what fake tensors can't do, real ones may
-            pass
-        else:
-            if not found.record.values:
-                return found
-        self.real = True
+            found = self.record(training=True)
+            if found.record.values:
+                self.real = True
+                found = self._in_pieces(training=True)
+            return found
+        finally:
+            self.unread, self.real = known
+
+    def _in_pieces(self, *, training: bool) -> Recording:
+        """Record until no forward that is read looks at a value."""
         while True:
-            found = self.record(training=False)
+            found = self.record(training=training)
             fresh = {read.path: str(read) for read in found.record.values}
             if fresh.keys() <= self.unread.keys():
                 return found
