@@ -1,15 +1,17 @@
-"""How much of timm and torchvision torchcap compresses, with a proof for every model.
+"""How much of timm, torchvision and other zoos torchcap compresses, with proofs for every model.
 
     python examples/benchmarks/coverage.py --out coverage.jsonl
     python examples/benchmarks/coverage.py --out reading.jsonl --analyze-only --all
+    python examples/benchmarks/coverage.py --out zoo.jsonl --zoo transformers --zoo smp
     python examples/benchmarks/coverage.py --report coverage.jsonl
 
 Without ``--all`` these are the smallest model of every family of timm, and all of torchvision but
-its quantized ones. Every model runs in a process of its own, with a limit of time and of memory
-(on systems other than Linux, of time alone). Times are those of the processor, on one thread, so a
-busy machine does not change them much. Proofs are of a small model that keeps half of the channels,
-and of wide spaces no more than 64. What is found is appended to a file, a line of JSON for a
-model; models that the file has already are not run again. The status of a model is
+its quantized ones. With ``--zoo`` they are small models of other libraries instead, which are not
+needed otherwise: see ``zoos.py``. Every model runs in a process of its own, with a limit of time
+and of memory (on systems other than Linux, of time alone). Times are those of the processor, on one
+thread, so a busy machine does not change them much. Proofs are of a small model that keeps half of
+the channels, and of wide spaces no more than 64. What is found is appended to a file, a line of
+JSON for a model; models that the file has already are not run again. The status of a model is
 
     proven    it was compressed, and every proof that it allows holds
     read      its channel spaces were found, and some are free (with --analyze-only)
@@ -41,6 +43,7 @@ import torch
 import torchvision
 from tqdm import tqdm
 
+import zoos
 from coverage_proofs import PROOFS, Record, Wishes, examine, last_lines
 from table import format_table
 
@@ -86,7 +89,7 @@ def main() -> None:
         return
     if options.peer and find_spec("torch_pruning") is None:
         raise SystemExit("--peer needs Torch-Pruning: pip install torch-pruning")
-    share()
+    share(options.zoo)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no worker stays behind
     done = {record["name"] for record in read(options.out)}
     names = [name for name in chosen(options) if name not in done]
@@ -108,11 +111,13 @@ def parse_options() -> argparse.Namespace:
     add("--out", type=Path, default=Path("coverage.jsonl"), help="file that results go to")
     add("--report", type=Path, help="print the tables of this file, and run nothing")
     add("--all", action="store_true", help="every model, not only the smallest of a family")
-    add("--names", type=Path, help="file with a model a line: timm:NAME or tv:NAME")
+    add("--names", type=Path, help="file with a model a line: timm:NAME, tv:NAME or ZOO:NAME")
     add("--only", default="", metavar="TEXT", help="models with this in their names")
     add("--limit", type=int, help="the first so many models")
     add("--list", action="store_true", help="print the names of the models, and run nothing")
     add("--analyze-only", action="store_true", help="read the channel spaces, and nothing more")
+    about = "models of other libraries, instead of timm and torchvision; may be given again"
+    add("--zoo", action="append", choices=[*zoos.ZOOS, "all"], help=about)
     usual = [title for title in PROOFS if title != "export"]
     about = "proofs to make; all but export, which is slow"
     add("--proofs", nargs="+", choices=[*PROOFS], default=usual, help=about)
@@ -131,6 +136,8 @@ def chosen(options: argparse.Namespace) -> list[str]:
     if options.names:
         lines = (line.strip() for line in options.names.read_text().splitlines())
         names = [line for line in lines if line and not line.startswith("#")]
+    elif options.zoo:
+        names = [name for zoo in installed(options.zoo) for name in zoos.names(zoo)]
     else:
         of_timm = timm.list_models() if options.all else smallest_of_families()
         of_torchvision = [
@@ -138,6 +145,18 @@ def chosen(options: argparse.Namespace) -> list[str]:
         ]
         names = [f"timm:{name}" for name in of_timm] + [f"tv:{name}" for name in of_torchvision]
     return [name for name in names if options.only in name][: options.limit]
+
+
+def installed(wanted: Sequence[str]) -> Iterator[str]:
+    """Yield the zoos that were asked for, and say which are left out."""
+    for title, zoo in zoos.ZOOS.items():
+        if not {title, "all"}.intersection(wanted):
+            continue
+        if zoo.is_installed:
+            yield title
+        else:
+            package = zoo.package.partition(".")[0]
+            print(f"{title} is left out: {package} is not installed", file=sys.stderr)
 
 
 def smallest_of_families() -> list[str]:
@@ -154,6 +173,8 @@ def family_of(name: str) -> str:
     A family is what a name starts with: letters, with a version behind them.
     """
     source, _, short = name.partition(":")
+    if source in zoos.ZOOS:
+        return zoos.family_of(name)
     if source == "tv":
         home = torchvision.models.get_model_builder(short).__module__
         return "tv " + home.removeprefix("torchvision.models.")
@@ -265,7 +286,7 @@ class Worker:
         return {**identity, **found, **used}
 
 
-def share() -> None:
+def share(wanted: Sequence[str] | None) -> None:
     """Let workers be forks of one process that has imported what they need, where that works.
 
     Imports take longer than many a model.
@@ -275,7 +296,8 @@ def share() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.getenv("PYTHONPATH"))))
     if "forkserver" in multiprocessing.get_all_start_methods():
         multiprocessing.set_start_method("forkserver")
-        multiprocessing.set_forkserver_preload(["coverage_proofs"])
+        packages = [zoos.ZOOS[zoo].package for zoo in installed(wanted or ())]
+        multiprocessing.set_forkserver_preload(["coverage_proofs", *packages])
     else:
         multiprocessing.set_start_method("spawn")
 

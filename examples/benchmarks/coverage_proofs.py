@@ -32,6 +32,8 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
 
 import torchcap
+import zoos
+from torchcap.nests import tensors_in
 from torchcap.transform.fold import fold_
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ WIDEST = 64  # channels of a block that proofs keep at most
 TOLERANCE = 1e-8  # relative, of outputs in float64
 NUDGE = 1e-13  # relative change of the inputs that shows how a model's own rounding grows
 LOOSEST = 1e-4  # beyond this a comparison tells nothing
+SOLVED = 1e-5  # relative, where a ridge regression is to find what there was
 SECTION = {"segmentation": 224, "detection": 320, "optical_flow": 128}  # height and width
 # What a detector is made of. Which boxes it puts out hangs on ties, which rounding breaks.
 DETECTORS = (
@@ -55,7 +58,8 @@ DETECTORS = (
 COUNTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 Record = dict[str, Any]
-Sections = dict[str, tuple[Any, ...]]
+Inputs = tuple[Any, ...] | dict[str, Any]
+Sections = dict[str, Inputs]
 
 
 class Skip(Exception):  # noqa: N818 - not an error
@@ -79,7 +83,7 @@ def examine(name: str, wishes: Wishes, keep: Callable[[Record], None]) -> None:
     """Find out all there is to say about one model.
 
     Args:
-        name: ``timm:NAME`` or ``tv:NAME``.
+        name: ``timm:NAME``, ``tv:NAME`` or one of another zoo, such as ``smp:NAME``.
         wishes: what to do.
         keep: gets the record after every step; its ``status`` is empty until it is known.
     """
@@ -159,11 +163,14 @@ def build(name: str) -> nn.Module:
     """Build a model without trained weights, and without anything that draws in training mode."""
     source, _, short = name.partition(":")
     with warnings.catch_warnings(action="ignore"):  # of deprecated names and slow initialisers
-        model = timm.create_model(short) if source == "timm" else _from_torchvision(short)
+        if source in zoos.ZOOS:
+            model = zoos.build(name)
+        else:
+            model = timm.create_model(short) if source == "timm" else _from_torchvision(short)
     for module in model.modules():
         if isinstance(module, _DropoutNd | torchvision.ops.StochasticDepth):
             module.p = 0.0
-        elif isinstance(module, timm.layers.DropPath):
+        elif isinstance(getattr(module, "drop_prob", None), float):  # a DropPath, of any library
             module.drop_prob = 0.0
     return model.eval()
 
@@ -178,9 +185,14 @@ def _from_torchvision(name: str) -> nn.Module:
     return torchvision.models.get_model(name, **options)
 
 
-def example_inputs(name: str, model: nn.Module) -> tuple[Any, ...]:
-    """Return random inputs of the size that a model was made for, of batch size one."""
+def example_inputs(name: str, model: nn.Module) -> Inputs:
+    """Return random inputs of the size that a model was made for, those of timm of batch size one.
+
+    They are the arguments of its forward, by position or by name.
+    """
     source, _, short = name.partition(":")
+    if source in zoos.ZOOS:
+        return zoos.example_inputs(name)
     if source == "timm":
         config: Any = model.pretrained_cfg
         return (torch.randn(1, *config["input_size"]),)
@@ -199,7 +211,13 @@ def example_inputs(name: str, model: nn.Module) -> tuple[Any, ...]:
 
 
 def build_for_reading(name: str) -> tuple[nn.Module, Any]:
-    """Build a model on the meta device, or where it cannot be built there, on the CPU."""
+    """Build a model on the meta device, or where it cannot be built there, on the CPU.
+
+    The models of the zoos are small enough for the CPU.
+    """
+    if name.partition(":")[0] in zoos.ZOOS:
+        model = build(name)
+        return model, example_inputs(name, model)
     try:
         with torch.device("meta"):
             model = build(name)
@@ -224,7 +242,8 @@ def build_for_proofs(name: str, record: Record) -> tuple[nn.Module, Any]:
         for noise in (0.2, 0.02):
             torch.manual_seed(0)
             model = build(name).to(dtype)
-            inputs = mapped(lambda tensor: tensor.to(dtype), example_inputs(name, model))  # noqa: B023
+            inputs = example_inputs(name, model)
+            inputs = floats_mapped(lambda tensor: tensor.to(dtype), inputs)  # noqa: B023
             randomize_(model, torch.Generator().manual_seed(1), noise)
             try:
                 found = tensors_of(look(model, inputs, sections_of(model, inputs)))
@@ -247,7 +266,7 @@ def randomize_(model: nn.Module, generator: torch.Generator, noise: float) -> No
     """Give every parameter and statistic a value of its own, so that no symmetry hides a fault."""
     for module in model.modules():
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is None or not tensor.is_floating_point():
+            if tensor is None or not tensor.is_floating_point() or not tensor.numel():
                 continue
             drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
             if name == "running_var":
@@ -273,18 +292,16 @@ def facts(model: nn.Module, graph: SpaceGraph) -> Record:
         macs[call.module] += call.positions * prod(call.shape)
         linear += call.positions * prod(call.shape) if len(call.shape) == 2 else 0
     total = max(1, macs.total())
-    reachable = {
-        port.module for space in graph.free for port in space.ports if port.parameter == "weight"
-    }
     return {
         "spaces": len(graph.spaces),
         "free": len(graph.free),
         "trained": sum(space.freedom in {"stiefel", "linear"} for space in graph.spaces),
         "macs": macs.total(),
-        "reachable": sum(macs[module] for module in reachable) / total,
+        "reachable": graph.reachable,
         # Linear layers alone would not do: ConvNeXt and the mixers have as many.
         "kind": "transformer" if attends and 2 * linear > total else "cnn",
         "fixed": held_back(graph, macs)[:3],
+        "lost": lost(graph)[:8],
         "notes": list(graph.notes[:5]),
     }
 
@@ -307,6 +324,29 @@ def held_back(graph: SpaceGraph, macs: Mapping[str, int]) -> list[tuple[str, int
     return sorted(found, key=lambda entry: -entry[1])
 
 
+def lost(graph: SpaceGraph) -> list[Record]:
+    """Return why layers are out of reach: fixed spaces by reason, those that cost most first.
+
+    The same reason in several layers counts once. What is lost is the share of the MACs in layers
+    that such a space touches, and no free one.
+    """
+    groups: dict[str, list[ChannelSpace]] = {}
+    for space in graph.spaces:
+        if not space.free:
+            groups.setdefault(re.sub(r"[\w.]+\.\d+\b[\w.]*", "…", space.reason), []).append(space)
+    found = [
+        {
+            "reason": spaces[0].reason,
+            "first": spaces[0].name,
+            "spaces": len(spaces),
+            "share": graph.share(*spaces),
+            "lost": graph.share(*spaces, *graph.free) - graph.reachable,
+        }
+        for spaces in groups.values()
+    ]
+    return sorted(found, key=lambda entry: (-entry["lost"], -entry["share"]))
+
+
 # --- running models
 
 
@@ -321,13 +361,24 @@ def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
     return value
 
 
+def floats_mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply a function to the floating-point tensors alone: not to indices and masks."""
+    return mapped(lambda t: function(t) if t.is_floating_point() else t, value)
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """Call a model, by position or by name. Inputs are copied: some forwards write on them."""
+    given = mapped(torch.clone, inputs)
+    return model(**given) if isinstance(given, Mapping) else model(*given)
+
+
 @torch.no_grad()
-def run(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    """Run a model without gradients. Inputs are copied: some forwards write on them."""
-    return model(*mapped(torch.clone, inputs))
+def run(model: nn.Module, inputs: Inputs) -> Any:
+    """Run a model without gradients."""
+    return call(model, inputs)
 
 
-def sections_of(model: nn.Module, inputs: tuple[Any, ...]) -> Sections:
+def sections_of(model: nn.Module, inputs: Inputs) -> Sections:
     """Return the parts of a detector, with what the original gives to each; of others, none."""
     sections: Sections = {}
     handles = []
@@ -346,7 +397,7 @@ def _keep_arguments(sections: Sections, path: str, _: Any, args: tuple[Any, ...]
     sections[path] = mapped(torch.clone, args)
 
 
-def look(model: nn.Module, inputs: tuple[Any, ...], sections: Sections) -> Any:
+def look(model: nn.Module, inputs: Inputs, sections: Sections) -> Any:
     """Return the outputs of all sections, or where there are none, of the model."""
     if not sections:
         return run(model, inputs)
@@ -355,13 +406,7 @@ def look(model: nn.Module, inputs: tuple[Any, ...], sections: Sections) -> Any:
 
 def tensors_of(output: Any) -> list[Tensor]:
     """Return the floating-point tensors of a nested output, in order."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, Mapping):
-        return [t for value in output.values() for t in tensors_of(value)]
-    if isinstance(output, Sequence) and not isinstance(output, str):
-        return [t for value in output for t in tensors_of(value)]
-    return []
+    return [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
 
 
 def difference(left: Any, right: Any) -> float:
@@ -375,22 +420,23 @@ def difference(left: Any, right: Any) -> float:
     return max(errors) if errors and all(map(isfinite, errors)) else inf
 
 
-def count_macs(model: nn.Module, inputs: tuple[Any, ...], names: set[str] | None = None) -> int:
+def count_macs(model: nn.Module, inputs: Inputs, names: set[str] | None = None) -> int:
     """Return the MACs of the convolutions and linear layers that are called in a forward."""
     found = []
 
-    def count(module: Any, given: Any, result: Any) -> None:
+    def count(module: Any, args: Any, named: Mapping[str, Any], result: Any) -> None:
+        given = [*args, *(named[n] for n in ("input", "query", "key", "value") if n in named)]
         if isinstance(module, nn.MultiheadAttention):
             q, k, v = (x.numel() for x in given[:3])  # positions times channels
             found.append(module.embed_dim * (2 * q + k + v))  # and what is put out, like q
         elif isinstance(module, _ConvTransposeNd):
             found.append(given[0].numel() // module.in_channels * module.weight.numel())
-        else:
+        elif isinstance(result, Tensor):  # of a subclass, it may be a pair, say
             found.append(result.numel() // module.weight.shape[0] * module.weight.numel())
 
     kinds = (*COUNTED, _ConvTransposeNd, nn.MultiheadAttention)
     handles = [
-        module.register_forward_hook(count)
+        module.register_forward_hook(count, with_kwargs=True)
         for name, module in model.named_modules()
         if isinstance(module, kinds) and (names is None or name in names)
     ]
@@ -440,7 +486,7 @@ class Subject:
         precision, or multiply rounding errors, are given what their own rounding makes.
         """
         inputs, sections = (
-            mapped(lambda tensor: tensor * (1 + NUDGE), given)
+            floats_mapped(lambda tensor: tensor * (1 + NUDGE), given)
             for given in (self.inputs, self.sections)
         )
         single = any(tensor.dtype == torch.float32 for tensor in tensors_of(self.output))
@@ -459,6 +505,10 @@ class Subject:
     @cached_property
     def small_output(self) -> Any:
         return self.look(self.small)
+
+    @cached_property
+    def dead(self) -> Dead:
+        return deadened(self)
 
     def forget(self) -> None:
         """Free the student and the small model; they are made again where they are needed."""
@@ -506,7 +556,7 @@ def prove_permutation(subject: Subject) -> str:
     for space in spaces:
         _permute_(changed, space, space.producers)
     half = difference(subject.look(changed), subject.output)
-    if half < 1e3 * subject.tolerance:
+    if half < 1e2 * subject.tolerance:
         raise ProofError(f"it tells nothing: by the producers alone outputs differ by {half:.1e}")
     for space in spaces:
         _permute_(changed, space, space.consumers + space.carriers)
@@ -611,7 +661,7 @@ def _gradients(
     """Differentiate a random function of what a student, or each of its sections, puts out."""
     student.train()
     try:
-        output = [student.get_submodule(p)(*mapped(torch.clone, a)) for p, a in parts.items()]
+        output = [call(student.get_submodule(p), a) for p, a in parts.items()]
         generator = torch.Generator().manual_seed(0)
         loss = sum(
             (tensor * torch.randn(tensor.shape, generator=generator).to(tensor)).sum()
@@ -624,7 +674,7 @@ def _gradients(
 
 def prove_modes(subject: Subject) -> str:
     """The small model runs in training mode, and is the same in evaluation mode afterwards."""
-    pair = mapped(lambda tensor: torch.cat([tensor, tensor.flip(-1)]), subject.inputs)
+    pair = mapped(lambda t: torch.cat([t, t.flip(-1)]) if t.ndim else t, subject.inputs)
     small, before = subject.small, copy.deepcopy(subject.small.state_dict())
     try:
         run(small.train(), pair)
@@ -688,19 +738,219 @@ def _is_normed(model: nn.Module, space: ChannelSpace) -> bool:
     return bool(alone) or re.search(r"\bnorm\b", space.reason) is not None
 
 
+def prove_sizes(subject: Subject) -> str:
+    """On a batch of three and on larger images, the small model equals the prepared one as well."""
+    found = [_other_sizes(subject, "a batch of three", [_three])]
+    found.append(_other_sizes(subject, "larger inputs", [_tall, _large]))
+    if not any(found):
+        raise Skip("the original takes inputs of no other size")
+    return ", ".join(filter(None, found))
+
+
+def _other_sizes(subject: Subject, words: str, changes: Sequence[Callable[[Any], Any]]) -> str:
+    """Compare on the first of other inputs that the original takes; return nothing if none is."""
+    for change in changes:
+        inputs = change(subject.inputs)
+        try:
+            sections = sections_of(subject.model, inputs)
+            original = look(subject.model, inputs, sections)
+        except Exception:  # of the original: it takes no such inputs
+            continue
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors_of(original)):
+            continue
+        expected = look(subject.student, inputs, sections)
+        error = difference(look(subject.small, inputs, sections), expected)
+        if error > subject.tolerance:
+            raise ProofError(f"on {words}, outputs differ by {error:.1e}")
+        return f"{words}: {error:.0e}"
+    return ""
+
+
+def _three(inputs: Any) -> Any:
+    """Return a batch of three, or as many images more in a list."""
+    if isinstance(inputs, tuple) and isinstance(inputs[0], list):
+        return ([*inputs[0], inputs[0][0].flip(-1), inputs[0][0].flip(-2)], *inputs[1:])
+    return mapped(lambda t: _extended(t, 0, 3 - len(t)) if t.ndim else t, inputs)
+
+
+def _tall(inputs: Any) -> Any:
+    """Return inputs that are longer along all their positions, by different lengths."""
+    return _larger(inputs, (32, 64, 96))
+
+
+def _large(inputs: Any) -> Any:
+    """Return inputs that are longer along all their positions, by the same length."""
+    return _larger(inputs, (32, 32, 32))
+
+
+def _larger(inputs: Any, more: Sequence[int]) -> Any:
+    """Lengthen the tensors with the most dimensions: images, and not the time steps beside them."""
+    most = max(tensor.ndim for tensor in tensors_in(inputs))
+
+    def longer(tensor: Tensor) -> Tensor:
+        if tensor.ndim < most:
+            return tensor
+        first = min(2, tensor.ndim - 1) if most != 3 or tensor.shape[0] != 3 else 1
+        for dim, count in zip(range(first, tensor.ndim), more, strict=False):
+            size = tensor.shape[dim]
+            tensor = _extended(tensor, dim, count if size % 32 == 0 else size)
+        return tensor
+
+    return mapped(longer, inputs)
+
+
+def _extended(tensor: Tensor, dim: int, count: int) -> Tensor:
+    """Continue a tensor by mirroring it."""
+    while count > 0:
+        part = tensor.flip(dim).narrow(dim, 0, min(count, tensor.shape[dim]))
+        tensor, count = torch.cat([tensor, part], dim), count - part.shape[dim]
+    return tensor
+
+
+def prove_dead(subject: Subject) -> str:
+    """Where half of the channels are zero, those go by their weights alone; nothing changes."""
+    dead = subject.dead
+    small = torchcap.compress(dead.model, plan=dead.plan, example_inputs=subject.inputs)
+    return f"{subject.expect_equal(subject.look(small), dead.output)}{dead.words}"
+
+
+def prove_dead_by_data(subject: Subject) -> str:
+    """Closed forms leave out the channels that are zero, too, and change next to nothing."""
+    if subject.sections:
+        raise Skip("a detector is read in pieces, which have no closed form")
+    dead = subject.dead
+    names = inspect.signature(subject.model.forward).parameters
+    inputs = subject.inputs
+    batch = inputs if isinstance(inputs, Mapping) else dict(zip(names, inputs, strict=False))
+    recipe = torchcap.Recipe.seconds()
+    try:
+        small = torchcap.compress(dead.model, [batch], plan=dead.plan, recipe=recipe)
+    except torchcap.TraceError as error:
+        if "closed forms need" not in str(error):
+            raise
+        raise Skip("only pieces of the model can be read, and closed forms need all") from None
+    error = difference(subject.look(small), dead.output)
+    if error > max(SOLVED, subject.tolerance):
+        raise ProofError(f"outputs differ by {error:.1e}, more than {SOLVED:.0e}")
+    return f"{error:.0e}{dead.words}"
+
+
+@dataclass(frozen=True, slots=True)
+class Dead:
+    """A model in which half of the channels of some spaces are zero.
+
+    Attributes:
+        model: the model.
+        plan: keeps as many channels of each of these spaces as are not zero.
+        output: of the model.
+        words: on the spaces that are left out, for messages.
+    """
+
+    model: nn.Module
+    plan: torchcap.Plan
+    output: Any
+    words: str
+
+
+def deadened(subject: Subject) -> Dead:
+    """Make half of the channels of every free space zero, wherever they are read.
+
+    A norm or a mean over the channels counts those that are zero too, and a function that is not
+    zero at zero brings them back: these spaces are left out.
+
+    Raises:
+        Skip: if none is left.
+    """
+    generator = torch.Generator().manual_seed(2)
+    zero = {space.name: _half(space, generator) for space in subject.graph.free}
+    apart = {
+        space.name
+        for space in subject.graph.free
+        if _is_normed(subject.model, space) or re.search(r"norm|mean", space.reason)
+    }
+    chosen = [s for s in subject.graph.free if s.name not in apart and bool(zero[s.name].any())]
+    model = _with_zeros(subject.model, chosen, zero)
+    alive = set(_alive(subject, model, chosen, zero))
+    if alive:
+        chosen = [space for space in chosen if space.name not in alive]
+        model = _with_zeros(subject.model, chosen, zero)
+    if not chosen:
+        raise Skip("no space can have channels that are zero wherever they are read")
+    ranks = {space.name: int((~zero[space.name]).sum()) for space in chosen}
+    left = {"normed": len(apart), "not zero behind a function": len(alive)}
+    words = "".join(f", without {count} {which}" for which, count in left.items() if count)
+    return Dead(model, torchcap.Plan.of(subject.graph, ranks), subject.look(model), words)
+
+
+def _half(space: ChannelSpace, generator: torch.Generator) -> Tensor:
+    """Return a mask of a random half of the channels of every block."""
+    size = space.channels // space.blocks
+    order = torch.rand(space.blocks, size, generator=generator).argsort(1)
+    return (order < size // 2).flatten()
+
+
+def _with_zeros(
+    model: nn.Module, spaces: Sequence[ChannelSpace], zero: Mapping[str, Tensor]
+) -> nn.Module:
+    """Return a copy in which nothing writes some channels of some spaces."""
+    changed = copy.deepcopy(model)
+    for space in spaces:
+        for port in space.producers + space.carriers:
+            if port.parameter != "running_var":
+                _multiply_(changed, port, zero[space.name], 0.0)
+    return changed
+
+
+def _multiply_(model: nn.Module, port: Port, mask: Tensor, factor: float) -> None:
+    """Multiply the entries of some channels in the tensor of a port."""
+    for part, places, channels in _entries(model, port):
+        chosen = places[mask[channels]]
+        part.index_copy_(port.axis, chosen, factor * part.index_select(port.axis, chosen))
+
+
+def _alive(
+    subject: Subject, model: nn.Module, spaces: Sequence[ChannelSpace], zero: Mapping[str, Tensor]
+) -> Iterator[str]:
+    """Yield the spaces whose channels matter though nothing writes them.
+
+    What is read of such a channel changes if it is read with another weight.
+    """
+    output = subject.look(model)
+    waiting = [list(spaces)]
+    while waiting:
+        group = waiting.pop()
+        for factor in (3.0, 1 / 3.0):  # there, and back again
+            for space in group:
+                for port in space.consumers:
+                    _multiply_(model, port, zero[space.name], factor)
+            if factor > 1:
+                differs = difference(subject.look(model), output) > subject.tolerance
+        if differs and len(group) > 1:
+            waiting += [group[: len(group) // 2], group[len(group) // 2 :]]
+        elif differs:
+            yield group[0].name
+
+
 def prove_export(subject: Subject) -> str:
     """The exported small model computes the same."""
     with warnings.catch_warnings(action="ignore"):
         try:
-            exported = torch.export.export(subject.small, mapped(torch.clone, subject.inputs))
+            exported = _exported(subject.small, subject.inputs)
         except Exception:
             try:
-                torch.export.export(subject.model, mapped(torch.clone, subject.inputs))
+                _exported(subject.model, subject.inputs)
             except Exception as error:  # its forward branches on values, say
                 kind = type(error).__name__
                 raise Skip(f"the original cannot be exported either ({kind})") from error
             raise
     return subject.expect_equal(run(exported.module(), subject.inputs), subject.small_output)
+
+
+def _exported(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
+    given = mapped(torch.clone, inputs)
+    if isinstance(given, Mapping):
+        return torch.export.export(model, (), given)
+    return torch.export.export(model, given)
 
 
 # --- the same by Torch-Pruning
@@ -720,7 +970,7 @@ def try_peer(name: str) -> Record:
         attentions = [m for m in model.modules() if hasattr(m, "qkv") and hasattr(m, "num_heads")]
         pruner = tp.pruner.BasePruner(
             model,
-            inputs[0] if len(inputs) == 1 else inputs,
+            inputs[0] if isinstance(inputs, tuple) and len(inputs) == 1 else inputs,
             tp.importance.MagnitudeImportance(p=2),
             pruning_ratio=RATIO,
             ignored_layers=[
@@ -750,6 +1000,9 @@ PROOFS: dict[str, Callable[[Subject], str]] = {
     "modes": prove_modes,
     "state": prove_state,
     "masked": prove_masked,
+    "sizes": prove_sizes,
+    "dead": prove_dead,
+    "dead-by-data": prove_dead_by_data,
     "export": prove_export,
 }
 """All proofs; each returns what it measured, or raises."""

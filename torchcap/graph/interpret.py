@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -381,15 +382,23 @@ class Interpretation:
         """
         unread = set(self.tracing.unread)
         unseen = {place.path for place, by in self.tracing.reads.items() if by & unread}
+        pinned = self.table.pinned | {
+            place for places, _ in self.table.bound for place in places if place.path in unseen
+        }
         bound: dict[Place, list[Ids]] = {}
-        for places, rows in self.table.bound:
-            pinned = self.table.pinned | {place for place in places if place.path in unseen}
-            free = [place for place in places if place not in pinned and not self.tracing.alone]
-            if len(free) != 1:
+        stuck = [True]
+        waiting = self.table.bound
+        while any(stuck):
+            free = [[p for p in places if p not in pinned] for places, _ in waiting]
+            stuck = [self.tracing.alone or len(places) != 1 for places in free]
+            for places, rows in compress(waiting, stuck):  # what they count stays, so they stay
                 names = " * ".join(map(str, places))
                 self.table.fix(rows, f"counted by {names}, which is used in other ways too")
-                continue
-            bound.setdefault(free[0], []).append(rows.reshape(-1, free[0].get(self.model)))
+                pinned.update(places)
+            waiting = [entry for entry, why in zip(waiting, stuck, strict=True) if not why]
+        for places, rows in waiting:
+            (place,) = (p for p in places if p not in pinned)
+            bound.setdefault(place, []).append(rows.reshape(-1, place.get(self.model)))
         found = {place: np.unique(np.concatenate(rows), axis=0) for place, rows in bound.items()}
         for place, rows in found.items():
             self.table.balance(rows, f"does not fall evenly into {place}")

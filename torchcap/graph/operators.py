@@ -138,7 +138,7 @@ def _combine_channels(call: Call, left: Channels, right: Channels, verb: str) ->
     same_dim = len(left.shape) - left.dim == len(right.shape) - right.dim
     if not same_dim or len(left.ids) != len(right.ids):
         return call.give_up(f"{verb} a tensor of other channels")
-    wide = left if len(left.shape) >= len(right.shape) else right
+    wide = max(left, right, key=lambda x: prod(x.shape))  # not the weight of the two
     call.table.join(left.ids, right.ids)
     if verb == "multiplied with":
         call.table.bend(left.ids)
