@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 from types import FunctionType
 from typing import Any
@@ -19,6 +20,7 @@ from torchcap.graph.inputs import ExampleInputs
 from torchcap.graph.interpret import Interpretation
 from torchcap.graph.proof import prove
 from torchcap.graph.recorder import LeafRule
+from torchcap.graph.rewriting import Opened, Refusal, Rewriting, rewriting_of
 from torchcap.graph.rules import OPERATORS, Rules, Target, find_module_operator, is_patched
 from torchcap.graph.spaces import SpaceGraph
 from torchcap.graph.trace import Traced, Tracer, is_builtin_leaf, on_meta
@@ -199,8 +201,9 @@ def _read(
     tracer: Tracer, operators: Mapping[Target, Operator], *, streams: bool, most: float
 ) -> _Found:
     tracing = tracer.tracing()
-    reading = Interpretation(tracer.model, tracing, operators, streams=streams)
-    graph = reading.graph()
+    opened = Opened(tracer.model)
+    interpret = partial(Interpretation, tracer.model, operators=operators, streams=streams)
+    reading, graph = _open(opened, tracing, interpret)
     escaped = escaped_sizes(tracer, tracing, reading.silent_sizes())
     more, unread = other_sides(tracer, tracing, reading.branches())
     more += escaped.graphs
@@ -217,16 +220,56 @@ def _read(
             more = [*more, *proof.graphs]
     if escaped.channels or more or unread:
         tracing = replace(tracing, graphs=(*tracing.graphs, *more))
-        reading = Interpretation(
-            tracer.model,
-            tracing,
-            operators,
-            streams=streams,
-            hidden=escaped.channels,
-            unread_sides=unread,
-        )
-        graph = reading.graph()
+        interpret = partial(interpret, hidden=escaped.channels, unread_sides=unread)
+        reading, graph = _open(opened, tracing, interpret)
+    graph = _rewritten(opened, tracing, interpret, graph)
     return _Found(replace(graph, notes=(*graph.notes, *notes)))
+
+
+_MOST_ROUNDS = 8
+"""How often numbers in the code are opened: behind one there may be others."""
+
+
+def _open(
+    opened: Opened, tracing: Tracing, interpret: Callable[..., Interpretation]
+) -> tuple[Interpretation, SpaceGraph]:
+    """Read graphs; the numbers in the code for which channels stay become attributes."""
+    for traced in tracing.graphs:
+        opened.apply_(traced)
+    for _ in range(_MOST_ROUNDS):
+        reading = interpret(tracing)
+        graph = reading.graph()
+        if not opened.open_all(reading.table.stuck()):
+            break
+        for traced in tracing.graphs:
+            opened.apply_(traced)
+    return reading, graph
+
+
+def _rewritten(
+    opened: Opened,
+    tracing: Tracing,
+    interpret: Callable[..., Interpretation],
+    graph: SpaceGraph,
+) -> SpaceGraph:
+    """Add what forwards become in which numbers follow; numbers of others are as they were."""
+    notes = []
+    while True:
+        used = {size.place for size in graph.sizes if size.counted.parts}
+        found: list[Rewriting] = []
+        refused: list[str] = []
+        for path, numbers in opened.by_module().items():
+            if used.intersection(number.place for number in numbers):
+                try:
+                    found.append(rewriting_of(path, numbers, tracing.graphs))
+                except Refusal as refusal:
+                    notes.append(f"the forward of {path!r} cannot be rewritten: {refusal}")
+                    refused.append(path)
+        if not refused:
+            return graph.with_rewritings(found, notes)
+        for path in refused:
+            opened.close_(path)
+        _, graph = _open(opened, tracing, interpret)
 
 
 def leaf_rule(leaves: Sequence[type[nn.Module]], operators: Mapping[Target, Operator]) -> LeafRule:

@@ -16,6 +16,7 @@ from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import fx
 
 from torchcap.graph.sizes import Place
 
@@ -116,11 +117,16 @@ class ChannelTable:
         beside: the layers that mix another dimension than the channels, with these.
         abandoned: the modules that a rule gave up on in one of their calls, with the reason; what
             another call says of them does not hold.
+        numbers: the numbers in the code that would have to follow channels: the node, which of the
+            new dimensions or pieces, and the channels.
+        by_numbers: the reasons for which channels stay because of such a number.
     """
 
     axes: dict[tuple[str, str, int], Axis] = field(default_factory=dict)
     abandoned: dict[str, str] = field(default_factory=dict)
     beside: dict[str, Ids] = field(default_factory=dict)
+    numbers: list[tuple[fx.Node, int, Ids]] = field(default_factory=list)
+    by_numbers: set[str] = field(default_factory=set)
     _size: int = 0
     _joins: list[tuple[Ids, Ids]] = field(default_factory=list)
     _fixed: list[tuple[Ids, str]] = field(default_factory=list)
@@ -247,6 +253,7 @@ class ChannelTable:
             reason: why channels stay where the two do not follow each other.
         """
         self._agreements.append((left, right, reason))
+        self.by_numbers.add(reason)
 
     def products(self) -> Iterator[tuple[Ids, Ids]]:
         """Yield both sides of every dot product, head by head."""
@@ -289,6 +296,18 @@ class ChannelTable:
             observed: identities along further axes (of activations) whose layout is wanted.
         """
         return _Resolution(self, self.labels(), observed).result()
+
+    def stuck(self) -> list[tuple[fx.Node, int]]:
+        """Return the numbers in the code for which channels stay."""
+        if not self.numbers:
+            return []
+        found = _Resolution(self, self.labels(), ())
+        found.result()
+        return [
+            (node, position)
+            for node, position, ids in self.numbers
+            if self.by_numbers & {found.reasons[c] for c in found.cells_of(ids) if c >= 0}
+        ]
 
     def labels(self, *, contracted: bool = True) -> Ids:
         """Return the class of every identity, by propagating the least label along the joins.
@@ -422,6 +441,10 @@ class _Resolution:
         for column in zip(*rows, strict=True):
             for run in column[1:]:
                 self.tie[self._root(run.space)] = self._root(column[0].space)
+
+    def cells_of(self, ids: Ids) -> Ids:
+        """Return the cells of some channels, :data:`UNKNOWN` where there is none."""
+        return _unique(self.cell_of[self.labels[ids.ravel()]])
 
     def _why(self, classes: Ids) -> str:
         """Return the first reason for which some of these channels stay."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchcap.graph.channels import Ids
 from torchcap.graph.inputs import Inputs
+from torchcap.graph.sizes import Place
 from torchcap.graph.trace import Traced, Tracer, Tracing
 from torchcap.nests import mapped
 
@@ -29,12 +30,14 @@ class Silent:
         name: of the attribute, or the place in the code where it is read.
         group: what it has in common with those that code treats alike.
         ids: the channels that it counts.
+        place: of the attribute; None for a size that is read from a tensor.
     """
 
     key: tuple[Any, ...]
     name: str
     group: str
     ids: Ids
+    place: Place | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,6 +151,8 @@ def _width_among(sizes: Sequence[Value], new_dims: list[int]) -> int:
 
 def _sized(call: Call, x: Heads, sizes: Sequence[Value]) -> Value:
     """Check that the sizes of a reshape follow the channels, or can be made to."""
+    if not isinstance(sizes[x.dim], int) or sizes[x.dim] != -1:
+        call.number(x.dim, x.ids)
     for dim, size in enumerate(sizes):
         if isinstance(size, Setting) and dim != x.dim:
             call.table.pin(size.places)
@@ -162,7 +164,8 @@ def _sized(call: Call, x: Heads, sizes: Sequence[Value]) -> Value:
     elif isinstance(size, Extent):
         call.agree(size, Extent(x.rows, len(x.rows)))
     elif size != -1:
-        return call.give_up(f"reshaped to a fixed number of channels ({size}; -1 would follow)")
+        reason = f"reshaped to a fixed number of channels ({size}; -1 would follow)"
+        return call.give_up(reason, number=True)
     call.table.balance(x.rows, call.at(_UNEVEN))
     return settled(x)
 
@@ -249,9 +252,11 @@ def splitting_of_heads(call: Call) -> Value:
         sizes = [sizes] * len(pieces)
     if len(sizes) != len(pieces):
         return call.give_up("split into fixed numbers of channels")
+    for position, piece in enumerate(pieces):
+        call.number(position, piece.rows)
     for piece, size in zip(pieces, sizes, strict=True):
         if not follows(call, size, piece.rows):
-            return call.give_up("split into fixed numbers of channels")
+            return call.give_up("split into fixed numbers of channels", number=True)
         call.table.balance(piece.rows, call.at(_UNEVEN))
     return tuple(settled(piece) for piece in pieces)
 

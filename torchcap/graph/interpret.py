@@ -393,7 +393,9 @@ class Interpretation:
             stuck = [self.tracing.alone or len(places) != 1 for places in free]
             for places, rows in compress(waiting, stuck):  # what they count stays, so they stay
                 names = " * ".join(map(str, places))
-                self.table.fix(rows, f"counted by {names}, which is used in other ways too")
+                reason = f"counted by {names}, which is used in other ways too"
+                self.table.fix(rows, reason)
+                self.table.by_numbers.add(reason)
                 pinned.update(places)
             waiting = [entry for entry, why in zip(waiting, stuck, strict=True) if not why]
         for places, rows in waiting:
@@ -442,8 +444,9 @@ class Interpretation:
     def silent_sizes(self) -> list[Silent]:
         """Return the sizes that follow channels, about each of which C may be told a lie."""
         found = [
-            Silent(("attribute", str(place)), str(place), place.name, ids[0])
+            Silent(("attribute", str(place)), str(place), place.name, ids[0], place)
             for place, ids in self.bound
+            if place.new is None
         ]
         for dimension in self.tracing.dimensions:
             value = self.values.get(dimension.entry.node)
@@ -458,8 +461,15 @@ class Interpretation:
 
     def _fix_hidden(self) -> None:
         for silent in self.hidden:
-            reason = f"its number of channels is read by Python ({silent.name}), and used in ways"
-            self.table.fix(silent.ids, f"{reason} that leave no trace (range, int, len, a key)")
+            if silent.place is not None:
+                self.table.pin((silent.place,))
+                continue
+            reason = (
+                f"its number of channels is read by Python ({silent.name}), and used in ways that "
+                "leave no trace (range, int, len, a key)"
+            )
+            self.table.fix(silent.ids, reason)
+            self.table.by_numbers.add(reason)
 
 
 _WIDTHS = frozenset(

@@ -19,7 +19,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, update_wrapper
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -131,6 +131,43 @@ class Entry:
         return self.node
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Frame:
+    """One call of a module whose forward is read inside.
+
+    Attributes:
+        path: qualified name of the module.
+        given: its arguments, by position and by name: nodes in the place of tensors and sizes,
+            :data:`UNUSED` where no node reads them.
+        output: what it returned, likewise.
+        before: the last node of the graph when it began; None if there was none.
+        last: the last node of the graph when it had ended.
+    """
+
+    path: str
+    given: tuple[tuple[Any, ...], dict[str, Any]]
+    output: Any
+    before: fx.Node | None
+    last: fx.Node | None
+
+
+UNUSED = object()
+"""Stands for a tensor or a size that no node of a graph reads."""
+
+
+class _Known:
+    """Stands for a tensor in nested values; no data class, because those are walked into."""
+
+    __slots__ = ("entry",)
+
+    def __init__(self, builder: Builder, tensor: Tensor) -> None:
+        self.entry = builder.entry(tensor)
+
+    def node(self) -> Any:
+        """Return the node that made the tensor, or where nothing has taken it out of another's."""
+        return UNUSED if self.entry is None or self.entry.path else self.entry.node
+
+
 @dataclass(slots=True)
 class Builder:
     """One graph in the making: of the whole forward, or of a piece of it.
@@ -144,6 +181,7 @@ class Builder:
         held: nodes of the tensors that modules or the program hold.
         sizes: nodes of sizes, by their origin.
         constants: the tensors that the program holds, by their name in the graph.
+        frames: the calls of modules that are read inside.
         strange: why the graph cannot be run by itself, if it cannot.
     """
 
@@ -155,6 +193,7 @@ class Builder:
     held: dict[Any, fx.Node] = field(default_factory=dict)
     sizes: dict[int, tuple[Any, fx.Node]] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
+    frames: list[Frame] = field(default_factory=list)
     strange: str | None = None
     end: fx.Node | None = None
 
@@ -176,6 +215,33 @@ class Builder:
         """Return what is known of a tensor."""
         found = self.entries.get(id(tensor))
         return found if found is not None and found.reference() is tensor else None
+
+    def last(self) -> fx.Node | None:
+        """Return the last node so far."""
+        return next(iter(reversed(self.graph.nodes)), None)
+
+    def noted(self, value: Any) -> Any:
+        """Return a nested value with what is known of tensors in their place."""
+        return mapped(value, lambda leaf: _Known(self, leaf) if isinstance(leaf, Tensor) else leaf)
+
+    def settled(self) -> list[Frame]:
+        """Return the frames with nodes in the place of tensors and sizes."""
+
+        def node_of(leaf: Any) -> Any:
+            if isinstance(leaf, _Known):
+                return leaf.node()
+            if isinstance(leaf, Size | Ratio):
+                return self.sizes.get(id(leaf.origin), (None, UNUSED))[1]
+            return leaf
+
+        return [
+            replace(
+                frame,
+                given=mapped(frame.given, node_of),
+                output=mapped(frame.output, node_of),
+            )
+            for frame in self.frames
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -444,11 +510,16 @@ class Recorder(TorchFunctionMode):
         if fresh := outer is None and path not in self.unread:
             self._begin(path, (args, kwargs))
         builder = self.builder
+        if builder is not None:
+            given, before = builder.noted((args, kwargs)), builder.last()
         try:
             if path in self.unread or id(module) in self.leaves:
                 output = self._run_whole(path, module, forward, args, kwargs)
             else:
                 output = self._within(path, forward, args, kwargs)
+                if builder is not None:
+                    frame = Frame(path, given, builder.noted(output), before, builder.last())
+                    builder.frames.append(frame)
             self._note_run(path, args, kwargs, output)
             if builder is not None and seen_by_hooks and isinstance(output, Tensor):
                 node = self._node_of(builder, output)

@@ -30,15 +30,17 @@ class Place:
         module: qualified name of the module, ``""`` for the model itself.
         name: of the attribute.
         index: of the size in the attribute, where that is a list or tuple of sizes.
+        new: the size, where the module holds it only once its forward is rewritten.
     """
 
     module: str
     name: str
     index: int | None = None
+    new: int | None = None
 
     def get(self, model: nn.Module) -> int:
         """Return the size."""
-        value: Any = getattr(model.get_submodule(self.module), self.name)
+        value: Any = getattr(model.get_submodule(self.module), self.name, self.new)
         return int(value if self.index is None else value[self.index])
 
     def set(self, model: nn.Module, size: int) -> None:

@@ -10,12 +10,13 @@ holds no tensors and no modules, so it survives a copy of the model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
 from typing import Literal
 
+from torchcap.graph.rewriting import Rewriting
 from torchcap.graph.sizes import Place
 
 Freedom = Literal["linear", "stiefel", "selection", "fixed"]
@@ -258,6 +259,7 @@ class SpaceGraph:
         scaled: the rows that are scaled where spaces get a smaller rank.
         read: the attributes of modules that the forward reads.
         written: the parameters and buffers that the forward writes into.
+        rewritings: what forwards become in which numbers are written that count channels.
     """
 
     model: str
@@ -272,6 +274,7 @@ class SpaceGraph:
     scaled: tuple[ScaledRows, ...] = ()
     read: frozenset[Place] = frozenset()
     written: frozenset[str] = frozenset()
+    rewritings: tuple[Rewriting, ...] = ()
 
     def __getitem__(self, name: str) -> ChannelSpace:
         for space in self.spaces:
@@ -307,6 +310,25 @@ class SpaceGraph:
 
     def __str__(self) -> str:
         return "\n".join(_table(self))
+
+    def with_rewritings(self, found: Sequence[Rewriting], notes: Sequence[str]) -> SpaceGraph:
+        """Return the graph with what forwards become, and without the sizes of any others."""
+        paths = {rewriting.module for rewriting in found}
+        hidden = tuple(f"{path}." for path in paths)
+        layers = {
+            f"{rewriting.module}.{node.target}"
+            for rewriting in found
+            for node in rewriting.graph.find_nodes(op="call_module")
+        }
+        return dataclasses.replace(
+            self,
+            rewritings=tuple(found),
+            sizes=tuple(s for s in self.sizes if s.place.new is None or s.place.module in paths),
+            taps=tuple(
+                t for t in self.taps if t.module in layers or not t.module.startswith(hidden)
+            ),
+            notes=(*self.notes, *notes),
+        )
 
     def after_folding(self) -> SpaceGraph:
         """Return the graph of the folded model: norms gone, every folded layer with a bias."""

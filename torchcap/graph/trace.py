@@ -36,6 +36,7 @@ from torchcap.graph.recorder import (
     Builder,
     Dimension,
     Entry,
+    Frame,
     LeafRule,
     Record,
     Recorder,
@@ -67,8 +68,10 @@ class Traced:
             forward looks at values, with the place.
         kept: nodes whose values are used past the graph, with the reason.
         constants: the tensors that the program holds, by their name in the graph.
+        frames: the calls of modules that are read inside.
         strange: why the graph cannot be run by itself; None if it can.
         turned: whether it is what the forward would do if a comparison came out otherwise.
+        signature: what tells two graphs of one model apart, down to the flag of a dropout.
     """
 
     model: nn.Module
@@ -79,8 +82,10 @@ class Traced:
     unread: Mapping[str, str] = field(default_factory=dict)
     kept: Mapping[fx.Node, str] = field(default_factory=dict)
     constants: Mapping[str, Tensor] = field(default_factory=dict)
+    frames: Sequence[Frame] = ()
     strange: str | None = None
     turned: bool = False
+    signature: Signature = field(default_factory=list)
 
     def module(self, node: fx.Node) -> nn.Module | None:
         """Return the module that a node calls, if it calls one."""
@@ -97,12 +102,6 @@ class Traced:
             if target is not None and target.op == "get_attr":
                 if target.target not in self.constants:
                     yield str(target.target)
-
-    @property
-    def signature(self) -> Signature:
-        """What tells two graphs of one model apart, down to the flag of a dropout."""
-        return [(n.op, str(n.target), str((n.args, n.kwargs))) for n in self.graph.nodes]
-
 
     @property
     def outline(self) -> list[tuple[str, str, tuple[str, ...]]]:
@@ -424,7 +423,9 @@ def _traced(model: nn.Module, builder: Builder, mode: str, unread: Mapping[str, 
         dict(unread),
         dict(builder.kept),
         dict(builder.constants),
+        builder.settled(),
         builder.strange,
+        signature=[(n.op, str(n.target), str((n.args, n.kwargs))) for n in builder.graph.nodes],
     )
 
 
@@ -508,6 +509,10 @@ class GraphRunner(fx.Interpreter):
         for node in traced.graph.find_nodes(op="call_module"):
             for name in HOOKS:  # they are in the graph
                 getattr(twin.get_submodule(str(node.target)), name).clear()
+        for node in traced.graph.find_nodes(op="get_attr"):
+            place = node.meta.get("place")
+            if isinstance(place, Place) and place.new is not None:
+                place.set(twin, place.get(twin))
         for name, constant in traced.constants.items():
             setattr(twin, name, constant)
         super().__init__(twin, garbage_collect_values=not keep, graph=traced.graph)

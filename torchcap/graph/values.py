@@ -395,9 +395,20 @@ class Call:
         reason = self.at("its number of channels must stay equal to another one")
         self.table.agree(left.share, right.share, reason)
 
-    def give_up(self, reason: str) -> Value:
-        """Fix every channel that enters this operator or its module; return an opaque result."""
+    def number(self, position: int, ids: Ids) -> None:
+        """Note that a new dimension, or a piece, is as large as there are channels."""
+        self.table.numbers.append((self.node, position, ids))
+
+    def give_up(self, reason: str, *, number: bool = False) -> Value:
+        """Fix every channel that enters this operator or its module; return an opaque result.
+
+        Args:
+            reason: why.
+            number: whether it is a number in the code.
+        """
         reason = self.at(reason)
+        if number:
+            self.table.by_numbers.add(reason)
         if self.module is not None:
             self.table.abandoned.setdefault(self.path, reason)
         for value in flat((self.args, self.kwargs)):

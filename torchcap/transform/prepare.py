@@ -20,6 +20,7 @@ from torchcap.graph.weights import output_axis
 from torchcap.plan.plan import Plan
 from torchcap.projection.maps import Projection, Selection, Stiefel
 from torchcap.projection.parametrizations import ProjectAxis, ProjectInput, ProjectOutput, Segment
+from torchcap.transform.rewrite import rewrite_
 from torchcap.transform.student import FrozenStatistics, Student
 
 
@@ -49,6 +50,7 @@ def project_(
     model.requires_grad_(requires_grad=False)
     folded = graph.after_folding()
     _make_up_for_scales_(model, graph, plan)
+    rewrite_(model, graph, plan.choices)
     spaces = {name: folded[name] for name in plan.choices}
     projections = {name: _projection(model, spaces[name], bases[name]) for name in spaces}
     ports: dict[_Axis, list[tuple[Port, ChannelSpace]]] = {}
@@ -62,7 +64,8 @@ def project_(
         _register(model, axis, found, projections, homeless)
     ratios = _kept_shares(graph, plan)
     for held in graph.sizes:
-        held.place.set(model, held.counted.kept(ratios))
+        if (size := held.counted.kept(ratios)) != held.counted.size:
+            held.place.set(model, size)
     for owner, name, layer, width in followed:
         with contextlib.suppress(AttributeError):  # a read-only property follows by itself
             setattr(owner, name, getattr(layer, width))
