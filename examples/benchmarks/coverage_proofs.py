@@ -43,10 +43,13 @@ if TYPE_CHECKING:
     from torchcap.projection.initialize import Initializer, SpaceContext
 
 RATIO = 0.5
+FAINT = 0.4  # of what it is to put out, a layer with small weights puts out less
 WIDEST = 64  # channels of a block that proofs keep at most
 TOLERANCE = 1e-8  # relative, of outputs in float64
 NUDGE = 1e-13  # relative change of the inputs that shows how a model's own rounding grows
 LOOSEST = 1e-4  # beyond this a comparison tells nothing
+BATCHES = 4  # of data for closed forms
+VANISHED = 1e-20  # of the largest gradient
 SOLVED = 1e-5  # relative, where a ridge regression is to find what there was
 SECTION = {"segmentation": 224, "detection": 320, "optical_flow": 128}  # height and width
 # What a detector is made of. Which boxes it puts out hangs on ties, which rounding breaks.
@@ -263,7 +266,11 @@ def build_for_proofs(name: str, record: Record) -> tuple[nn.Module, Any]:
 
 @torch.no_grad()
 def randomize_(model: nn.Module, generator: torch.Generator, noise: float) -> None:
-    """Give every parameter and statistic a value of its own, so that no symmetry hides a fault."""
+    """Give every parameter and statistic a value of its own, so that no symmetry hides a fault.
+
+    Some libraries start from weights so small that nothing of the first layers is left in the
+    output; these grow, until a layer puts out as much as it gets.
+    """
     for module in model.modules():
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None or not tensor.is_floating_point() or not tensor.numel():
@@ -275,8 +282,18 @@ def randomize_(model: nn.Module, generator: torch.Generator, noise: float) -> No
                 continue  # constants: windows, frequencies, filters
             elif tensor.numel() == max(tensor.shape, default=1):
                 tensor.add_(noise * drawn.to(tensor.dtype))
-            elif bool((tensor == tensor.flatten()[0]).all()):  # initialised with zeros, say
-                tensor.add_((noise * drawn / prod(tensor.shape[1:]) ** 0.5).to(tensor.dtype))
+            else:
+                _spread_(tensor, drawn, noise)
+
+
+def _spread_(weight: Tensor, drawn: Tensor, noise: float) -> None:
+    """Change a weight that is constant, or so small that it lets little through."""
+    inputs, aim = prod(weight.shape[1:]) ** 0.5, 5 * noise
+    if bool((weight == weight.flatten()[0]).all()):  # initialised with zeros, say
+        weight.add_((noise / inputs * drawn).to(weight.dtype))
+    gain = float(weight.std()) * inputs
+    if 0 < gain < FAINT * aim:
+        weight.mul_(aim / gain)
 
 
 # --- what a reading says
@@ -632,26 +649,31 @@ def prove_gradients(subject: Subject) -> str:
         gradients = _gradients(student, parts, torchcap.projection_parameters(student))
         norms = [0.0 if gradient is None else float(gradient.norm()) for gradient in gradients]
         # Scores that softmax saturates move little; a NaN is not larger than anything.
-        least = 1e-20 * max(norms)
+        least = VANISHED * max(norms)
         idle -= {name for name, norm in zip(names, norms, strict=True) if norm > least}
         if not idle:
             return f"{len(names)} projections"
-    idle -= set(_saturated(subject, parts, idle))
+    idle -= set(_saturated(subject, parts, names))
     if idle:
         raise ProofError(f"no gradient, or none that is finite, in {len(idle)}: {sorted(idle)[:5]}")
     return f"{len(names)} projections, of which some have none in the original either"
 
 
-def _saturated(subject: Subject, parts: Sections, names: set[str]) -> Iterator[str]:
-    """Yield the spaces whose writers have no gradient in the original: behind a gate, say."""
+def _saturated(subject: Subject, parts: Sections, names: Sequence[str]) -> Iterator[str]:
+    """Yield the spaces whose writers have no gradient in the original: behind a gate, say.
+
+    In a deep network without norms that are at work it may also vanish on the way.
+    """
     original = copy.deepcopy(subject.model)
     for module in original.modules():
         if isinstance(module, _BatchNorm):  # those of a student keep their statistics
             module.train = lambda *_: None
-    first = {name: subject.graph[name].producers[0] for name in sorted(names)}
-    weights = [getattr(original.get_submodule(p.module), p.parameter) for p in first.values()]
-    for name, gradient in zip(first, _gradients(original, parts, weights), strict=True):
-        if gradient is None or not gradient.any():
+    first = [subject.graph[name].producers[0] for name in names]
+    weights = [getattr(original.get_submodule(p.module), p.parameter) for p in first]
+    gradients = _gradients(original, parts, weights)
+    norms = [0.0 if gradient is None else float(gradient.norm()) for gradient in gradients]
+    for name, norm in zip(names, norms, strict=True):
+        if norm <= 1e3 * VANISHED * max(norms):
             yield name
 
 
@@ -815,16 +837,20 @@ def prove_dead(subject: Subject) -> str:
 
 
 def prove_dead_by_data(subject: Subject) -> str:
-    """Closed forms leave out the channels that are zero, too, and change next to nothing."""
+    """Closed forms leave out the channels that are zero, too, and change next to nothing.
+
+    Where the data has fewer positions than a layer has inputs, one channel does as well as another
+    on it: the spaces before such layers keep their width here.
+    """
     if subject.sections:
         raise Skip("a detector is read in pieces, which have no closed form")
-    dead = subject.dead
-    names = inspect.signature(subject.model.forward).parameters
-    inputs = subject.inputs
-    batch = inputs if isinstance(inputs, Mapping) else dict(zip(names, inputs, strict=False))
-    recipe = torchcap.Recipe.seconds()
+    dead, graph = subject.dead, subject.graph
+    ranks = {name: rank for name, rank in dead.plan.ranks.items() if _is_shown(graph, name)}
+    if not ranks:
+        raise Skip("the data has fewer positions than every layer has inputs")
+    plan, recipe = torchcap.Plan.of(graph, ranks), torchcap.Recipe.seconds()
     try:
-        small = torchcap.compress(dead.model, [batch], plan=dead.plan, recipe=recipe)
+        small = torchcap.compress(dead.model, _batches(subject), plan=plan, recipe=recipe)
     except torchcap.TraceError as error:
         if "closed forms need" not in str(error):
             raise
@@ -832,7 +858,35 @@ def prove_dead_by_data(subject: Subject) -> str:
     error = difference(subject.look(small), dead.output)
     if error > max(SOLVED, subject.tolerance):
         raise ProofError(f"outputs differ by {error:.1e}, more than {SOLVED:.0e}")
-    return f"{error:.0e}{dead.words}"
+    left = len(dead.plan.ranks) - len(ranks)
+    return f"{error:.0e}{dead.words}" + (f", without {left} that see little data" if left else "")
+
+
+def _is_shown(graph: SpaceGraph, name: str) -> bool:
+    """Whether the data has more positions than the readers of a space have inputs that live."""
+    readers = {port.module for port in graph[name].consumers}
+    inputs: dict[str, int] = {}
+    positions: Counter[str] = Counter()
+    for call in graph.calls:
+        if call.module in readers:
+            inputs[call.module] = prod(call.shape) // call.shape[call.axis]
+            positions[call.module] += call.positions * BATCHES
+    return all(positions[module] > count for module, count in inputs.items())
+
+
+def _batches(subject: Subject) -> list[dict[str, Any]]:
+    """Return the inputs by name, and as many others as make a few batches."""
+    names, given = inspect.signature(subject.model.forward).parameters, subject.inputs
+    inputs = given if isinstance(given, Mapping) else dict(zip(names, given, strict=False))
+    generator = torch.Generator().manual_seed(3)
+
+    def drawn(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            return torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+        order = torch.randint(tensor.numel(), tensor.shape, generator=generator)
+        return tensor.flatten()[order]
+
+    return [dict(inputs), *(mapped(drawn, inputs) for _ in range(BATCHES - 1))]
 
 
 @dataclass(frozen=True, slots=True)

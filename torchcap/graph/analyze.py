@@ -10,7 +10,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from torchcap.errors import ModelError, TraceError
@@ -253,7 +253,8 @@ def _rewritten(
     graph: SpaceGraph,
 ) -> SpaceGraph:
     """Add what forwards become in which numbers follow; numbers of others are as they were."""
-    notes = []
+    notes: dict[str, str] = {}
+    stuck: list[tuple[fx.Node, int]] = []
     while True:
         used = {size.place for size in graph.sizes if size.counted.parts}
         found: list[Rewriting] = []
@@ -263,13 +264,16 @@ def _rewritten(
                 try:
                     found.append(rewriting_of(path, numbers, tracing.graphs))
                 except Refusal as refusal:
-                    notes.append(f"the forward of {path!r} cannot be rewritten: {refusal}")
+                    notes[path] = f"the forward of {path!r} cannot be rewritten: {refusal}"
                     refused.append(path)
         if not refused:
-            return graph.with_rewritings(found, notes)
+            where = {node.meta.get("path") for node, _ in stuck}
+            left = [note for path, note in notes.items() if path in where]
+            return graph.with_rewritings(found, left)
         for path in refused:
             opened.close_(path)
-        _, graph = _open(opened, tracing, interpret)
+        reading, graph = _open(opened, tracing, interpret)
+        stuck = reading.table.stuck()
 
 
 def leaf_rule(leaves: Sequence[type[nn.Module]], operators: Mapping[Target, Operator]) -> LeafRule:

@@ -65,13 +65,32 @@ def escaped_sizes(tracer: Tracer, tracing: Tracing, sizes: Sequence[Silent]) -> 
     groups: dict[str, list[Silent]] = {}
     for size in sizes:
         groups.setdefault(size.group, []).append(size)
-    found = [
-        size
-        for group in groups.values()
-        if not _is_same(tracer, tracing, {size.key for size in group})
-        for size in group
-    ]
-    return Escaped(tuple(found), graphs)
+    found = _those_that_escape(tracer, tracing, list(groups.values()))
+    return Escaped(tuple(size for group in found for size in group), graphs)
+
+
+_MOST = 40
+"""Recordings that are made to find out which sizes escape; of the rest it is taken for granted."""
+
+
+def _those_that_escape(
+    tracer: Tracer, tracing: Tracing, groups: list[list[Silent]]
+) -> list[list[Silent]]:
+    """Return the groups that escape, of some of which at least one does: halves, again and again."""
+    found: list[list[Silent]] = []
+    waiting = [groups]
+    for _ in range(_MOST):
+        if not waiting:
+            return found
+        some = waiting.pop()
+        if len(some) == 1:
+            found += some
+            continue
+        halves = some[: len(some) // 2], some[len(some) // 2 :]
+        for half in halves:
+            if not _is_same(tracer, tracing, {size.key for group in half for size in group}):
+                waiting.append(half)
+    return [*found, *(group for some in waiting for group in some)]
 
 
 def _is_same(tracer: Tracer, tracing: Tracing, lies: Collection[tuple[Any, ...]]) -> bool:

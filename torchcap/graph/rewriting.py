@@ -19,6 +19,7 @@ import inspect
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -346,6 +347,7 @@ class _Body:
         elif getattr(target, "__module__", "").startswith("torchcap"):
             raise Refusal(f"it writes into a tensor, at {node.meta.get('where')}")
         twin = self.graph.create_node(node.op, target, args, kwargs)
+        twin.meta["where"] = node.meta.get("where")
         self.twins[node] = twin
         return twin
 
@@ -404,6 +406,9 @@ def _unify_(graph: fx.Graph, other: fx.Graph, *, training: bool = False) -> None
                 return items if isinstance(here, list) else tuple(items)
         if isinstance(here, Mapping) and isinstance(there, Mapping) and here.keys() == there.keys():
             return {key: same(here[key], there[key]) for key in here}
+        if isinstance(here, slice) and isinstance(there, slice):
+            ends = ("start", "stop", "step")
+            return slice(*(same(getattr(here, end), getattr(there, end)) for end in ends))
         if type(here) is type(there) and here == there:
             return here
         if training and here is False and there is True:
@@ -411,10 +416,15 @@ def _unify_(graph: fx.Graph, other: fx.Graph, *, training: bool = False) -> None
         if training and here == 0 and type(here) is type(there) is float:
             with graph.inserting_after(_mode(graph, flag)):
                 return graph.call_function(operator.mul, (flag[0], there))
-        raise Refusal("its calls differ")
+        raise differ(here, there)
 
-    if [(n.op, n.target) for n in nodes] != [(n.op, n.target) for n in others]:
-        raise Refusal("its calls differ")
+    def differ(here: Any, there: Any) -> Refusal:
+        mode = " in training mode" if training else ""
+        return Refusal(f"it differs from call to call{mode} ({here!s:.40} and {there!s:.40})")
+
+    for node, there in zip_longest(nodes, others):
+        if node is None or there is None or (node.op, node.target) != (there.op, there.target):
+            raise differ(node and node.meta.get("where"), there and there.meta.get("where"))
     for node, there in zip(nodes, others, strict=True):
         node.args, node.kwargs = same(node.args, there.args), same(dict(node.kwargs), there.kwargs)
 

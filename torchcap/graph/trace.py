@@ -157,6 +157,19 @@ class Recording:
     record: Record
 
 
+@dataclass(slots=True)
+class Means:
+    """How the forward of one mode is recorded.
+
+    Attributes:
+        real: whether on real tensors.
+        unread: the modules whose forward is not read, with the reason.
+    """
+
+    real: bool = False
+    unread: dict[str, str] = field(default_factory=dict)
+
+
 class Tracer:
     """Records a model's forward, as often as it is asked to. The model is not changed.
 
@@ -178,9 +191,8 @@ class Tracer:
     ) -> None:
         self.model, self.is_leaf, self.functions = model, is_leaf, functions
         self.inputs = default_inputs(model) if example_inputs is None else as_inputs(example_inputs)
-        self.unread: dict[str, str] = {}
-        self.real = False
         self.plain = False
+        self.means = {"eval": Means(), "train": Means()}
 
     def tracing(self) -> Tracing:
         """Read the model's graphs, in evaluation and in training mode.
@@ -215,9 +227,20 @@ class Tracer:
             alone,
         )
 
+    @property
+    def real(self) -> bool:
+        """Whether the evaluation forward is recorded on real tensors."""
+        return self.means["eval"].real
+
+    @property
+    def unread(self) -> Mapping[str, str]:
+        """The modules whose forward is not read in evaluation mode, with the reason."""
+        return self.means["eval"].unread
+
     def _evaluation(self) -> Recording:
         """Record the evaluation forward, on real tensors where fake ones won't do."""
-        if not self.real:
+        means = self.means["eval"]
+        if not means.real:
             try:
                 found = self.record(training=False)
             except ExampleInputsError:  # what fake tensors can't do, real ones may
@@ -225,29 +248,27 @@ class Tracer:
             else:
                 if not found.record.values:
                     return found
-            self.real = True
+            means.real = True
         return self._in_pieces(training=False)
 
     def _training(self) -> Recording:
         """Record the training forward; what it leaves unread is its own."""
-        known = dict(self.unread), self.real
-        try:
-            found = self.record(training=True)
-            if found.record.values:
-                self.real = True
-                found = self._in_pieces(training=True)
-            return found
-        finally:
-            self.unread, self.real = known
+        self.means["train"] = Means(self.real, dict(self.unread))
+        found = self.record(training=True)
+        if found.record.values:
+            self.means["train"].real = True
+            found = self._in_pieces(training=True)
+        return found
 
     def _in_pieces(self, *, training: bool) -> Recording:
         """Record until no forward that is read looks at a value."""
+        means = self.means["train" if training else "eval"]
         while True:
             found = self.record(training=training)
             fresh = {read.path: str(read) for read in found.record.values}
-            if fresh.keys() <= self.unread.keys():
+            if fresh.keys() <= means.unread.keys():
                 return found
-            self.unread = fresh | self.unread
+            means.unread = fresh | means.unread
 
     def record(
         self, *, training: bool = False, inputs: Inputs | None = None, **changes: Any
@@ -264,7 +285,9 @@ class Tracer:
             ExampleInputsError: if the model does not run on the inputs.
         """
         inputs = self.inputs if inputs is None else inputs
-        fake = None if self.real else SeenByFakes(allow_non_fake_inputs=True)
+        mode = "train" if training else "eval"
+        means = self.means[mode]
+        fake = None if means.real else SeenByFakes(allow_non_fake_inputs=True)
         copied = shadow(self.model, _own if fake is None else fake.from_tensor)
         leaves = {id(module) for module in copied.modules() if self.is_leaf(module)}
         for module in copied.modules():
@@ -275,7 +298,7 @@ class Tracer:
             copied,
             owners=_owners(copied, self.model),
             is_leaf=lambda module: id(module) in leaves,
-            unread=self.unread,
+            unread=means.unread,
             shapes={} if fake is None else SHAPES,
             functions=self.functions,
             plain=self.plain,
@@ -291,9 +314,8 @@ class Tracer:
                 return Recording([], recorder.record)
             raise _misfit(self.model, training, inputs, error) from error
         recorder.record.ran = [Run(*mapped(tuple(run), _on_meta)) for run in recorder.record.ran]
-        mode = "train" if training else "eval"
         graphs = [
-            _traced(self.model, builder, mode, self.unread) for builder in recorder.record.builders
+            _traced(self.model, builder, mode, means.unread) for builder in recorder.record.builders
         ]
         return Recording(graphs, recorder.record)
 
