@@ -13,9 +13,9 @@ from fvcore.nn import FlopCountAnalysis, parameter_count
 from torch import Tensor, nn
 
 from torchcap import Plan, RandomOrthonormal, SpaceGraph, analyze, materialize, prepare
+from torchcap.graph.copies import copied
 from torchcap.graph.spaces import ChannelSpace, Port
 from torchcap.projection.initialize import SpaceContext
-from torchcap.graph.copies import copied
 from torchcap.transform.fold import fold_
 
 # --------------------------------------------------------------------------------------------------

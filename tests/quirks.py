@@ -649,7 +649,7 @@ def functional_linear_with_a_strange_bias(m: Quirky, y: Tensor) -> Tensor:
 @quirk()
 def functional_batch_norm(m: Quirky, y: Tensor) -> Tensor:
     n = m.norm
-    return F.batch_norm(y, n.running_mean, n.running_var, n.weight, n.bias, False, 0.1, n.eps)
+    return F.batch_norm(y, n.running_mean, n.running_var, n.weight, n.bias, eps=n.eps)
 
 
 @quirk(setup=lambda m: setattr(m, "d", nn.LayerNorm(WIDTH)))
@@ -831,7 +831,9 @@ def masked(m: Quirky, y: Tensor) -> Tensor:
 @quirk(free=True)
 def einops_there_and_back(m: Quirky, y: Tensor) -> Tensor:
     h = y.shape[2]
-    return einops.rearrange(einops.rearrange(y, "b c h w -> b (h w) c"), "b (h w) c -> b c h w", h=h)
+    return einops.rearrange(
+        einops.rearrange(y, "b c h w -> b (h w) c"), "b (h w) c -> b c h w", h=h
+    )
 
 
 @quirk()
@@ -950,7 +952,7 @@ def layer_called_by_its_forward(m: Quirky, y: Tensor) -> Tensor:
     return m.d.forward(y)
 
 
-Pair = namedtuple("Pair", ["left", "right"])  # noqa: PYI024 - as people write them
+Pair = namedtuple("Pair", ["left", "right"])
 
 
 @dataclass

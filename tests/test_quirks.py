@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from proofs import (
     identity_error,
-    materialize_error,
     permutation_error,
     random_plan,
     random_student,

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from nets import NETS as READ_NETS
 from small_nets import NETS, built, fingerprint, images
 from strategies import Concat, Conv, Grouped, Network, Pool, networks
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from torchcap import DataError, TraceError, analyze
 from torchcap.batches import Source

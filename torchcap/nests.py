@@ -75,21 +75,26 @@ _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.
 
 def _parts(value: Any) -> list[tuple[Key, Any]] | None:
     """Return the parts of a value with the steps to them; None if it is a leaf."""
-    if isinstance(value, _PLAIN) or isinstance(value, nn.Module | type) or callable(value):
+    if isinstance(value, (*_PLAIN, nn.Module, type)) or callable(value):
         return None
     if isinstance(value, Mapping):
         return [(("item", key), item) for key, item in value.items()]
     if isinstance(value, list | tuple):
         return [(("item", index), item) for index, item in enumerate(value)]
+    names = _names_in(value)
+    if names is None:
+        return None
+    return [(("attribute", n), getattr(value, n)) for n in names if hasattr(value, n)]
+
+
+def _names_in(value: Any) -> list[str] | None:
+    """Return the attributes that are the parts of an object; None if it is a leaf."""
     if isinstance(value, slice):
-        return [(("attribute", n), getattr(value, n)) for n in ("start", "stop", "step")]
+        return ["start", "stop", "step"]
     if dataclasses.is_dataclass(value):
-        names = [field.name for field in dataclasses.fields(value)]
-        return [(("attribute", n), getattr(value, n)) for n in names if hasattr(value, n)]
-    held = getattr(value, "__dict__", None)
-    if held and any(_holds_tensor(item) for item in held.values()):
-        return [(("attribute", name), item) for name, item in held.items()]
-    return None
+        return [field.name for field in dataclasses.fields(value)]
+    held = getattr(value, "__dict__", {})
+    return list(held) if any(_holds_tensor(item) for item in held.values()) else None
 
 
 def _holds_tensor(value: Any) -> bool:

@@ -23,7 +23,7 @@ from torchcap.graph.recorder import LeafRule
 from torchcap.graph.rewriting import Opened, Refusal, Rewriting, rewriting_of
 from torchcap.graph.rules import OPERATORS, Rules, Target, find_module_operator, is_patched
 from torchcap.graph.spaces import SpaceGraph
-from torchcap.graph.trace import Traced, Tracer, is_builtin_leaf, on_meta
+from torchcap.graph.trace import Traced, Tracer, Tracing, is_builtin_leaf, on_meta
 from torchcap.graph.values import Operator, as_operator
 from torchcap.modes import outside_inference_mode
 
@@ -236,13 +236,15 @@ def _open(
     """Read graphs; the numbers in the code for which channels stay become attributes."""
     for traced in tracing.graphs:
         opened.apply_(traced)
+    reading = interpret(tracing)
+    graph = reading.graph()
     for _ in range(_MOST_ROUNDS):
-        reading = interpret(tracing)
-        graph = reading.graph()
         if not opened.open_all(reading.table.stuck()):
             break
         for traced in tracing.graphs:
             opened.apply_(traced)
+        reading = interpret(tracing)
+        graph = reading.graph()
     return reading, graph
 
 

@@ -92,7 +92,6 @@ def _divided(call: Call, x: Value, root: Value) -> Value | None:
     return replace(x, shape=call.shape)
 
 
-
 def added_product(call: Call) -> Value:
     """``addmm`` and ``baddbmm``: a matrix product, and a term that is added."""
     term, left, right = call.args if len(call.args) == 3 else (None, None, None)

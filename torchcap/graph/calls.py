@@ -88,14 +88,21 @@ def canonical(
         known = getattr(torch, packet.__name__, None)
         named = str(packet).startswith("aten.") and callable(known)
         return "call_function", known if named else func, (args, kwargs)
-    if name == "__setitem__":
-        return "call_function", assigned, (args, kwargs)
     if name == "__set__":
         return "call_function", setattr, ((args[0], func.__self__.__name__, args[1]), {})
+    return _named(func, name, args, kwargs)
+
+
+def _named(
+    func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[str, Any, tuple[tuple[Any, ...], Mapping[str, Any]]]:
+    """Return how a graph names a function or method of Python: methods by name."""
     if not func.__qualname__.startswith(("Tensor.", "TensorBase.", "_TensorBase.")):
         return "call_function", func, (args, kwargs)
     if name in _SWAPPED and len(args) == 2:
         return "call_function", _SWAPPED[name], ((args[1], args[0]), kwargs)
+    if name == "__setitem__":
+        return "call_function", assigned, (args, kwargs)
     if name in _OPERATORS:
         return "call_function", _OPERATORS[name], (args, kwargs)
     return "call_method", name, (args, kwargs)

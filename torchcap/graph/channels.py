@@ -9,7 +9,7 @@ of channels that travel together through every axis, in one order. Cells whose r
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -383,10 +383,10 @@ class _Resolution:
 
     def _compare(self, left: Share, right: Share, reason: str) -> None:
         """Fix the channels of two numbers that are made of different spaces."""
-        found: Counter[int] = Counter()
+        found: dict[int, Fraction] = defaultdict(Fraction)
         for sign, (ids, share) in ((1, left), (-1, right)):
-            for cell, count in zip(*np.unique(self.cell_of[self.labels[ids]], return_counts=True)):
-                found[self._root(int(cell)) if cell >= 0 else UNKNOWN] += sign * int(count) * share
+            for cell in self.cell_of[self.labels[ids]].tolist():
+                found[self._root(cell) if cell >= 0 else UNKNOWN] += sign * share
         others = {root for root, count in found.items() if count and root != UNKNOWN}
         self._fix([c for c in range(len(self.cells)) if self._root(c) in others], reason)
 

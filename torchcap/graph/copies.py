@@ -244,7 +244,7 @@ def _function_of(value: Any) -> types.FunctionType | None:
     while isinstance(value, types.MethodType | partial):
         value = value.__func__ if isinstance(value, types.MethodType) else value.func
     if not isinstance(value, types.FunctionType) and not isinstance(value, nn.Module):
-        value = getattr(type(value), "__call__", None)
+        value = getattr(type(value), "__call__", None)  # noqa: B004  # the function, not whether
     return value if isinstance(value, types.FunctionType) else None
 
 

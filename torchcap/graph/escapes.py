@@ -1,9 +1,10 @@
 """Sizes that escape: what C makes of a size leaves nothing in a graph.
 
-``range(n)``, ``int(n)``, ``[0] * n``, ``numpy.zeros(n)`` take the integer and are gone. So a forward
-is recorded once more, with sizes that lie to C and to nobody else. If the graph is the same, nothing
-escapes. If not, or where the forward fails, it is found out whether numbers of channels do, which
-then stay, or the sizes of batches and images, for which the forward is recorded at others too.
+``range(n)``, ``int(n)``, ``[0] * n``, ``numpy.zeros(n)`` take the integer and are gone. So a
+forward is recorded once more, with sizes that lie to C and to nobody else. If the graph is the
+same, nothing escapes. If not, or where the forward fails, it is found out whether numbers of
+channels do, which then stay, or the sizes of batches and images, for which the forward is recorded
+at others too.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ _MOST = 40
 def _those_that_escape(
     tracer: Tracer, tracing: Tracing, groups: list[list[Silent]]
 ) -> list[list[Silent]]:
-    """Return the groups that escape, of some of which at least one does: halves, again and again."""
+    """Return the groups that escape, of some of which one does: halves, again and again."""
     found: list[list[Silent]] = []
     waiting = [groups]
     for _ in range(_MOST):
@@ -88,8 +89,8 @@ def _those_that_escape(
             continue
         halves = some[: len(some) // 2], some[len(some) // 2 :]
         for half in halves:
-            if not _is_same(tracer, tracing, {size.key for group in half for size in group}):
-                waiting.append(half)
+            same = _is_same(tracer, tracing, {size.key for group in half for size in group})
+            waiting += [] if same else [half]
     return [*found, *(group for some in waiting for group in some)]
 
 

@@ -23,13 +23,13 @@ def made(first: int, *, constant: bool = True) -> Rule:
         others = [v for v in flat((call.args[first:], call.kwargs)) if isinstance(v, Extent)]
         if not others:
             return Opaque(call.shape)
-        (dim, *more), extent = follow or [None], others[0]
+        extent = others[0]
         plain = extent.times == extent.parts == 1
-        if dim is None or more or len(others) > 1 or not plain or not constant:
+        if len(follow) != 1 or len(others) > 1 or not plain or not constant:
             return call.give_up(f"its number of channels is used in {call.label}")
         if call.node.target not in _ZEROS:  # what is one for all channels commutes with no rotation
             call.table.bend(extent.ids)
-        return Channels(call.shape, dim, extent.ids)
+        return Channels(call.shape, follow[0], extent.ids)
 
     return rule
 

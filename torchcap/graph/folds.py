@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from torchcap.graph.rules import STANDARDIZED, Target, find_module_operator, find_operator
+from torchcap.graph.rules import STANDARDIZED, Target, find_operator
 from torchcap.graph.spaces import Fold
 from torchcap.graph.trace import Traced
 from torchcap.graph.values import Operator
@@ -44,7 +44,7 @@ def find_folds(
         for node in graph.graph.find_nodes(op="call_module"):
             layer = str(node.target)
             module = graph.module(node)
-            known = find_module_operator(module, operators)
+            known = find_operator(node, module, operators)
             standard = isinstance(module, STANDARDIZED) and _foldable(module)
             if standard and layer not in entangled and known and known.kind == "convolution":
                 folds.setdefault(layer, Fold(layer, None))
@@ -76,17 +76,19 @@ def _pairs(
             continue
         result = source.meta.get("val")
         flat = kinds[0] == "linear" and isinstance(result, Tensor) and result.dim() == 2
-        single = kinds[0] == "transposed convolution" and layer.groups == 1
+        single = kinds[0] == "transposed convolution" and getattr(layer, "groups", 0) == 1
         if (kinds[0] == "convolution" or single or flat) and _foldable(layer):
             yield str(source.target), str(node.target)
 
 
-def _has_statistics(norm: nn.Module) -> bool:
+def _has_statistics(norm: nn.Module | None) -> bool:
     return _foldable(norm) and getattr(norm, "running_mean", None) is not None
 
 
-def _foldable(module: nn.Module) -> bool:
+def _foldable(module: nn.Module | None) -> bool:
     """Whether a module's tensors are its own, not computed by a parametrization or a hook."""
+    if module is None:
+        return False
     held = {**module._parameters, **module._buffers}
     own = all(getattr(module, n, None) is held.get(n) for n in ("weight", "bias"))
     return own and not parametrize.is_parametrized(module)

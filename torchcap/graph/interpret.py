@@ -46,7 +46,6 @@ from torchcap.graph.values import (
     Opaque,
     Operator,
     Root,
-    Rule,
     Setting,
     Value,
     Weight,
@@ -89,6 +88,7 @@ class Interpretation:
         self.bound: list[tuple[Place, Ids]] = []
 
     def graph(self) -> SpaceGraph:
+        """Read the graphs and return the spaces."""
         for reading in self.readings:
             self.table.begin()
             for node in reading.graph.nodes:
@@ -153,6 +153,7 @@ class Interpretation:
 
     @property
     def kind(self) -> str:
+        """Name of the model's class."""
         return type(self.model).__name__
 
     # ----------------------------------------------------------------------------------------------
@@ -197,10 +198,16 @@ class Interpretation:
     def _apply(self, reading: Traced, node: fx.Node) -> Value:
         call = self._call(reading, node)
         values = list(flat((call.args, call.kwargs)))
-        if not any(isinstance(v, Opaque | Channels | Heads) for v in values):
-            if call.module is None and not any(True for _ in tensors_in(call.result)):
-                return arithmetic(call)
+        plain = not any(isinstance(v, Opaque | Channels | Heads) for v in values)
+        if plain and call.module is None and not any(True for _ in tensors_in(call.result)):
+            return arithmetic(call)
         operator = find_operator(node, call.module, self.operators)
+        return self._follow(reading, call, operator, values)
+
+    def _follow(
+        self, reading: Traced, call: Call, operator: Operator | None, values: list[Value]
+    ) -> Value:
+        """Let the rule of an operator follow the channels, where it knows these values."""
         knows = frozenset() if operator is None else operator.knows
         if Setting not in knows and Root not in knows:
             pin_settings(call)
@@ -210,10 +217,7 @@ class Interpretation:
             if call.path in reading.unread:  # what it holds is read piece by piece
                 return replace(call, module=None).give_up(f"no rule for {call.label}")
             return self._boundary(call)
-        rule: Rule = operator.channels
-        if call.has_heads() and operator.heads is not None:
-            rule = operator.heads
-        elif call.has_heads():
+        if call.has_heads() and operator.heads is None:
             call = replace(call, args=collapsed(call, call.args), kwargs=dict(call.kwargs))
             if call.has_heads():
                 return call.give_up(f"no rule for heads in {call.label}")
@@ -222,6 +226,13 @@ class Interpretation:
         sizes = [v for v in values if isinstance(v, Extent | Root) and followed_ids(v) is not None]
         if any(type(v) not in knows for v in sizes):
             return call.give_up(f"its number of channels is used in {call.label}")
+        return self._obey(operator, call)
+
+    def _obey(self, operator: Operator, call: Call) -> Value:
+        """Return what the rule of an operator says."""
+        rule = operator.channels
+        if call.has_heads() and operator.heads is not None:
+            rule = operator.heads
         try:
             value = rule(call)
             return value if _consistent(value, call.result) else call.give_up(call.unexpected)
@@ -268,18 +279,23 @@ class Interpretation:
             owner = self.model.get_submodule(path)
         except AttributeError:  # a constant that tracing has put into the graph
             return opaque(node.meta.get("val"))
-        tensor = getattr(owner, name, None)
-        shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else ()
-        wide = [dim for dim, size in enumerate(shape) if size > 1]
-        held = {**owner._parameters, **owner._buffers}
-        if held.get(name) is None:
+        held = {**owner._parameters, **owner._buffers}.get(name)
+        if held is None:
             return opaque(node.meta.get("val"))
+        shape = tuple(held.shape)
         if self._is_handed_on(node, owner):
             return Weight(shape, path, name)
+        return self._direct(owner, path, name, shape) or opaque(node.meta.get("val"))
+
+    def _direct(
+        self, owner: nn.Module, path: str, name: str, shape: tuple[int, ...]
+    ) -> Value | None:
+        """Return what the channels of a tensor are that a forward uses itself."""
+        wide = [dim for dim, size in enumerate(shape) if size > 1]
         if not wide:
-            return opaque(node.meta.get("val"))
+            return None
         if len(wide) > 1 and find_module_operator(owner, self.operators) is not None:
-            return opaque(node.meta.get("val"))
+            return None
         self.direct |= {(path, name, dim) for dim in wide}
         if len(wide) > 1:
             return Held(shape, path, name)
@@ -320,7 +336,7 @@ class Interpretation:
         }
 
     def _is_known(self, reading: Traced, node: fx.Node) -> bool:
-        """Whether what is read directly is no tensor of a layer, or one that a function is given."""
+        """Whether what is read is no tensor of a layer, or one that a function is given."""
         if "place" in node.meta or node.target in reading.constants or not node.users:
             return True
         owner = self.model.get_submodule(str(node.target).rpartition(".")[0])
@@ -337,10 +353,11 @@ class Interpretation:
         listed = {a.module for a in self.table.axes.values() if a.role == "producer"}
         listed |= {key[0] for key, a in self.table.axes.items() if key[1] == "weight"}
         for path, layer in self.model.named_modules():
-            if not isinstance(layer, LAYERS) or path in listed:
+            weight = getattr(layer, "weight", None)
+            if not isinstance(layer, LAYERS) or path in listed or weight is None:
                 continue
             axis = output_axis(layer)
-            ids = self.table.axis(path, [("weight", axis)], "producer", layer.weight.shape[axis])
+            ids = self.table.axis(path, [("weight", axis)], "producer", weight.shape[axis])
             self.table.fix(ids, self.table.abandoned.get(path) or self._why_unlisted(path))
 
     def _why_unlisted(self, path: str) -> str:

@@ -438,7 +438,7 @@ class Recorder(TorchFunctionMode):
     def _length(self, value: Any) -> int:
         """Return the length of anything; that of a tensor knows its origin."""
         if isinstance(value, Tensor) and not self.busy and value.dim() > 0:
-            return self._shape(value)[0]  # type: ignore[no-any-return]
+            return self._shape(value)[0]
         return _LENGTH(value)
 
     def _getter(self) -> Callable[[nn.Module, str], Any]:
@@ -510,14 +510,14 @@ class Recorder(TorchFunctionMode):
         if fresh := outer is None and path not in self.unread:
             self._begin(path, (args, kwargs))
         builder = self.builder
-        if builder is not None:
-            given, before = builder.noted((args, kwargs)), builder.last()
+        begun = None if builder is None else (builder.noted((args, kwargs)), builder.last())
         try:
             if path in self.unread or id(module) in self.leaves:
                 output = self._run_whole(path, module, forward, args, kwargs)
             else:
                 output = self._within(path, forward, args, kwargs)
-                if builder is not None:
+                if builder is not None and begun is not None:
+                    given, before = begun
                     frame = Frame(path, given, builder.noted(output), before, builder.last())
                     builder.frames.append(frame)
             self._note_run(path, args, kwargs, output)
@@ -672,21 +672,23 @@ class Recorder(TorchFunctionMode):
             return self._node_of(builder, value)
         if isinstance(value, Size | Ratio):
             return self._node_of_size(builder, value)
-        if type(value) in {dict, list, tuple}:
-            if isinstance(value, dict):
-                return {key: self._argument(builder, item) for key, item in value.items()}
+        if type(value) is dict:
+            return {key: self._argument(builder, item) for key, item in value.items()}
+        if type(value) in {list, tuple, Shape}:
             items = [self._argument(builder, item) for item in value]
             return items if isinstance(value, list) else tuple(items)
         if isinstance(value, slice):
             parts = (value.start, value.stop, value.step)
             return slice(*(self._argument(builder, part) for part in parts))
-        if isinstance(value, Shape):
-            return tuple(self._argument(builder, item) for item in value)
-        held = list(tensors_in(value)) if not isinstance(value, fx.node.base_types) else []
-        if held:  # an object of the user's own: what it holds is read
-            builder.strange = f"a {type(value).__name__} is handed on"
-            return tuple(self._node_of(builder, tensor) for tensor in held)
-        return value
+        return value if isinstance(value, fx.node.base_types) else self._taken_apart(builder, value)
+
+    def _taken_apart(self, builder: Builder, value: Any) -> Any:
+        """Return the tensors that an object of the user's own holds; else the object."""
+        held = list(tensors_in(value))
+        if not held:
+            return value
+        builder.strange = f"a {type(value).__name__} is handed on"
+        return tuple(self._node_of(builder, tensor) for tensor in held)
 
     def _node_of(self, builder: Builder, tensor: Tensor) -> fx.Node:
         return self._entry(builder, tensor).at()
@@ -836,12 +838,12 @@ class Recorder(TorchFunctionMode):
         return not outcome if turned and isinstance(outcome, bool) and measured else outcome
 
 
-class SeenByFakes(FakeTensorMode):
+class SeenByFakes(FakeTensorMode):  # type: ignore[no-untyped-call]
     """Fake tensors, which also tell a recorder what ran outside of the functions that it saw."""
 
     recorder: Recorder | None = None
 
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         output = super().__torch_dispatch__(func, types, args, kwargs or {})
@@ -850,11 +852,11 @@ class SeenByFakes(FakeTensorMode):
         return output
 
 
-class SeenByDispatch(TorchDispatchMode):
+class SeenByDispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The same for real tensors."""
 
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recorder = recorder
 
     def __torch_dispatch__(
@@ -885,7 +887,8 @@ def _is_made(arguments: Any) -> bool:
     """Whether arguments hold no tensor but those that are made of constants and sizes."""
     nodes = [leaf for _, leaf in leaves_of(arguments) if isinstance(leaf, fx.Node)]
     return all(
-        node.meta.get("made") or not any(isinstance(v, Seen) for _, v in leaves_of(node.meta["val"]))
+        node.meta.get("made")
+        or not any(isinstance(v, Seen) for _, v in leaves_of(node.meta["val"]))
         for node in nodes
     )
 

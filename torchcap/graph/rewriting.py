@@ -100,7 +100,8 @@ class Opened:
 
     def open_all(self, numbers: Iterable[tuple[fx.Node, int]]) -> bool:
         """Let numbers of nodes be attributes; whether there is one that was not yet."""
-        return any([self._open(node, position) for node, position in numbers])
+        opened = [self._open(node, position) for node, position in numbers]
+        return any(opened)
 
     def by_module(self) -> dict[str, list[Number]]:
         """Return the numbers by the module that they belong to."""
@@ -374,9 +375,9 @@ class _Body:
                 raise Refusal(f"it writes into its argument, at {node.meta.get('where')}")
             if not isinstance(node.meta.get("val"), Tensor) or node in returned:
                 continue
-            if node.op != "get_attr" and any(user not in inside for user in node.users):
-                if not all(_is_number(user) for user in node.users if user not in inside):
-                    raise Refusal(f"{node.name!r} is used outside of it")
+            users = [user for user in node.users if user not in inside and not _is_number(user)]
+            if node.op != "get_attr" and users:
+                raise Refusal(f"{node.name!r} is used outside of it")
 
 
 def _is_number(node: fx.Node) -> bool:
@@ -393,40 +394,67 @@ def _is_constant(value: Any) -> bool:
 
 def _unify_(graph: fx.Graph, other: fx.Graph, *, training: bool = False) -> None:
     """Let a graph stand for another one too, which may differ in flags of the mode if that does."""
+    unification = _Unification(graph, other, training)
     nodes, others = list(graph.nodes), list(other.nodes)
-    twin = dict(zip(others, nodes, strict=False))
-    flag: list[fx.Node] = []
-
-    def same(here: Any, there: Any) -> Any:
-        if isinstance(there, fx.Node) and twin[there] is here:
-            return here
-        if isinstance(here, list | tuple) and isinstance(there, list | tuple):
-            if len(here) == len(there):
-                items = [same(a, b) for a, b in zip(here, there, strict=True)]
-                return items if isinstance(here, list) else tuple(items)
-        if isinstance(here, Mapping) and isinstance(there, Mapping) and here.keys() == there.keys():
-            return {key: same(here[key], there[key]) for key in here}
-        if isinstance(here, slice) and isinstance(there, slice):
-            ends = ("start", "stop", "step")
-            return slice(*(same(getattr(here, end), getattr(there, end)) for end in ends))
-        if type(here) is type(there) and here == there:
-            return here
-        if training and here is False and there is True:
-            return _mode(graph, flag)
-        if training and here == 0 and type(here) is type(there) is float:
-            with graph.inserting_after(_mode(graph, flag)):
-                return graph.call_function(operator.mul, (flag[0], there))
-        raise differ(here, there)
-
-    def differ(here: Any, there: Any) -> Refusal:
-        mode = " in training mode" if training else ""
-        return Refusal(f"it differs from call to call{mode} ({here!s:.40} and {there!s:.40})")
-
     for node, there in zip_longest(nodes, others):
         if node is None or there is None or (node.op, node.target) != (there.op, there.target):
-            raise differ(node and node.meta.get("where"), there and there.meta.get("where"))
+            places = [n and n.meta.get("where") for n in (node, there)]
+            raise unification.difference(*places)
     for node, there in zip(nodes, others, strict=True):
-        node.args, node.kwargs = same(node.args, there.args), same(dict(node.kwargs), there.kwargs)
+        node.args = unification.of(node.args, there.args)
+        node.kwargs = unification.of(dict(node.kwargs), there.kwargs)
+
+
+class _Unification:
+    """Finds what arguments of two graphs have in common."""
+
+    def __init__(self, graph: fx.Graph, other: fx.Graph, training: bool) -> None:  # noqa: FBT001
+        self.graph = graph
+        self.training = training
+        self.twin = dict(zip(other.nodes, graph.nodes, strict=False))
+        self.flag: list[fx.Node] = []
+
+    def of(self, here: Any, there: Any) -> Any:
+        """Return an argument that stands for both."""
+        pairs = _paired(here, there)
+        if pairs is not None:
+            parts = {key: self.of(*pair) for key, pair in pairs.items()}
+            if isinstance(here, slice):
+                return slice(*parts.values())
+            if isinstance(here, Mapping):
+                return parts
+            return list(parts.values()) if isinstance(here, list) else tuple(parts.values())
+        if isinstance(there, fx.Node):
+            same = self.twin[there] is here
+        else:
+            same = type(here) is type(there) and here == there
+        return here if same else self._by_mode(here, there)
+
+    def _by_mode(self, here: Any, there: Any) -> Any:
+        """Return what is one thing in evaluation, another in training."""
+        if self.training and here is False and there is True:
+            return _mode(self.graph, self.flag)
+        if self.training and here == 0 and type(here) is type(there) is float:
+            with self.graph.inserting_after(_mode(self.graph, self.flag)):
+                return self.graph.call_function(operator.mul, (self.flag[0], there))
+        raise self.difference(here, there)
+
+    def difference(self, here: Any, there: Any) -> Refusal:
+        """Return the refusal of what is not the same."""
+        mode = " in training mode" if self.training else ""
+        return Refusal(f"it differs from call to call{mode} ({here!s:.40} and {there!s:.40})")
+
+
+def _paired(here: Any, there: Any) -> dict[Any, tuple[Any, Any]] | None:
+    """Return the parts of two containers of one form, side by side; None if they are not that."""
+    if isinstance(here, slice) and isinstance(there, slice):
+        return {end: (getattr(here, end), getattr(there, end)) for end in ("start", "stop", "step")}
+    if isinstance(here, Mapping) and isinstance(there, Mapping) and here.keys() == there.keys():
+        return {key: (here[key], there[key]) for key in here}
+    listed = isinstance(here, list | tuple) and isinstance(there, list | tuple)
+    if listed and len(here) == len(there):
+        return dict(enumerate(zip(here, there, strict=True)))
+    return None
 
 
 def _mode(graph: fx.Graph, flag: list[fx.Node]) -> fx.Node:

@@ -286,7 +286,8 @@ OPERATORS: Mapping[Target, Operator] = {
     **dict.fromkeys(_EVO_NORMS_OF_BATCHES, _operator(refusal("measures every batch"))),
     nn.MultiheadAttention: _operator(
         refusal(
-            "computes with all of its weights together; torchcap.split_attention(model) takes it apart"
+            "computes with all of its weights together; "
+            "torchcap.split_attention(model) takes it apart"
         )
     ),
     GlobalResponseNorm: _operator(global_response_norm, kind="norm"),

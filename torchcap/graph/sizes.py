@@ -108,7 +108,7 @@ class _Sized:
             witness: is told of comparisons.
             told: what C is told instead of the value, in a recording that lies.
         """
-        size = super().__new__(cls, true if told is None else told)
+        size: Self = cls.__new__(cls, true if told is None else told)  # type: ignore[call-arg]
         size.true, size.origin, size.witness = true, origin, witness
         return size
 
@@ -174,7 +174,7 @@ def _caller_is_einops() -> bool:
 
 
 def _arithmetic(name: str, operation: Callable[..., Any], *, swapped: bool = False) -> Any:
-    plain = {int: getattr(int, name, None), float: getattr(float, name, None)}
+    plain: dict[type, Any] = {kind: getattr(kind, name, None) for kind in (int, float)}
 
     def method(self: _Sized, *others: Any) -> Any:
         if not all(type(o) in {int, float, bool} or isinstance(o, _Sized) for o in others):
@@ -215,6 +215,11 @@ _ARITHMETIC: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 _BITS = {"lshift", "rshift", "and", "or", "xor"}
 
+_ROUNDINGS: dict[str, Any] = {
+    "ceil": math.ceil, "floor": math.floor, "trunc": math.trunc, "round": round,
+}  # fmt: skip
+
+_kind: Any
 for _kind in (Size, Ratio):
     for _name, _operation in _ARITHMETIC.items():
         if _kind is Ratio and _name in _BITS:
@@ -227,12 +232,10 @@ for _kind in (Size, Ratio):
         )
     for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
         setattr(_kind, f"__{_name}__", _comparison(f"__{_name}__", getattr(operator, _name)))
-    _kind.__bool__ = _truth  # type: ignore[attr-defined]
-    _kind.__hash__ = _Sized.__hash__  # type: ignore[method-assign]
-    for _name, _operation in {
-        "ceil": math.ceil, "floor": math.floor, "trunc": math.trunc, "round": round
-    }.items():  # fmt: skip
-        setattr(_kind, f"__{_name}__", _rounding(_operation))
+    _kind.__bool__ = _truth
+    _kind.__hash__ = _Sized.__hash__
+    for _name, _rounded in _ROUNDINGS.items():
+        setattr(_kind, f"__{_name}__", _rounding(_rounded))
 
 
 def _both(self: Any, other: Any) -> Any:
@@ -243,7 +246,7 @@ def _both_swapped(self: Any, other: Any) -> Any:
     return other // self, other % self
 
 
-Size.__divmod__, Size.__rdivmod__ = _both, _both_swapped  # type: ignore[assignment, method-assign]
+Size.__divmod__, Size.__rdivmod__ = _both, _both_swapped  # type: ignore[method-assign]
 
 
 class Shape(tuple[Any, ...]):
@@ -253,7 +256,7 @@ class Shape(tuple[Any, ...]):
     """
 
     __slots__ = ()
-    __class__ = property(lambda _: torch.Size)  # type: ignore[assignment]
+    __class__ = property(lambda _: torch.Size)
 
     def numel(self) -> Any:
         """Return the product of all sizes."""

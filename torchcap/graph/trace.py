@@ -100,8 +100,7 @@ class Traced:
             while target is not None and target.op != "get_attr" and target.all_input_nodes:
                 target = target.all_input_nodes[0]
             if target is not None and target.op == "get_attr":
-                if target.target not in self.constants:
-                    yield str(target.target)
+                yield from {str(target.target)} - self.constants.keys()
 
     @property
     def outline(self) -> list[tuple[str, str, tuple[str, ...]]]:
@@ -312,7 +311,7 @@ class Tracer:
         except Exception as error:  # a user's forward may raise anything on a wrong shape
             if recorder.record.values:
                 return Recording([], recorder.record)
-            raise _misfit(self.model, training, inputs, error) from error
+            raise _misfit(self.model, inputs, error, training=training) from error
         recorder.record.ran = [Run(*mapped(tuple(run), _on_meta)) for run in recorder.record.ran]
         graphs = [
             _traced(self.model, builder, mode, means.unread) for builder in recorder.record.builders
@@ -399,7 +398,9 @@ def _own(value: Any) -> Any:
         return value.clone()
     made = torch.zeros(value.shape, dtype=value.dtype)
     if value.is_floating_point():
-        made = torch.rand(value.shape, dtype=value.dtype, generator=torch.Generator().manual_seed(0))
+        made = torch.rand(
+            value.shape, dtype=value.dtype, generator=torch.Generator().manual_seed(0)
+        )
     return nn.Parameter(made, requires_grad=False) if isinstance(value, nn.Parameter) else made
 
 
@@ -486,10 +487,7 @@ def _storage(model: nn.Module, tensor: Tensor) -> str:
 
 
 def _misfit(
-    model: nn.Module,
-    training: bool,
-    inputs: Inputs,
-    error: Exception,  # noqa: FBT001
+    model: nn.Module, inputs: Inputs, error: Exception, *, training: bool
 ) -> ExampleInputsError:
     shapes = [
         tuple(v.shape) if isinstance(v, Tensor) else v

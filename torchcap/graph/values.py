@@ -374,7 +374,7 @@ class Call:
 
     @property
     def where(self) -> str:
-        """Where the operator stands in the user's code; its name in the graph if that is unknown."""
+        """Where the operator stands in the user's code; else its name in the graph."""
         place = self.node.meta.get("where")
         return repr(self.node.name) if place is None else str(place)
 

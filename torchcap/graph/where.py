@@ -12,9 +12,9 @@ from types import CodeType, FrameType
 
 import torch
 
-_TORCH = os.path.dirname(torch.__file__) + os.sep  # noqa: PTH120 - compared as text, often
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 _OURS = str(Path(__file__).parents[1]) + os.sep
-_FALLBACK = os.path.join(_TORCH, "nn", "modules") + os.sep  # noqa: PTH118
+_FALLBACK = os.path.join(_TORCH, "nn", "modules") + os.sep
 _MACHINERY = ("module.py", "container.py")
 _LONGEST = 60
 

@@ -19,15 +19,15 @@ SeeOutput = Callable[[nn.Module, tuple[Any, ...], Tensor], None]
 
 
 class Observer(Protocol):
-    """Looks at some layers of a model.
+    """Looks at some layers of a model."""
 
-    Attributes:
-        inputs: qualified name of a layer -> what is shown its arguments.
-        outputs: qualified name of a layer -> what is shown its output.
-    """
+    @property
+    def inputs(self) -> Mapping[str, See]:
+        """What is shown the arguments of a layer, by its name."""
 
-    inputs: Mapping[str, See]
-    outputs: Mapping[str, SeeOutput]
+    @property
+    def outputs(self) -> Mapping[str, SeeOutput]:
+        """What is shown the output of a layer, by its name."""
 
 
 @torch.no_grad()
