@@ -33,6 +33,7 @@ ORDER = (
     "torchcap.graph.trace",
     "torchcap.graph.escapes",
     "torchcap.graph.branches",
+    "torchcap.graph.rewriting",
     "torchcap.graph.proof",
     "torchcap.graph.spaces",
     "torchcap.graph.weights",

@@ -13,8 +13,10 @@ import torchvision
 from torch import Tensor, nn
 
 from torchcap.checkpoint.contents import ARGUMENTS, Attribute, Builder, Contents, is_plain
-from torchcap.checkpoint.structure import fit_, misfit, skeleton
+from torchcap.checkpoint.forwards import rewrite_like_
+from torchcap.checkpoint.structure import fit_, fits, misfit, skeleton
 from torchcap.errors import FileError
+from torchcap.graph.analyze import Reader
 
 # What timm's configuration says of images and labels; where weights are to be had is left out.
 _IMAGES = (
@@ -55,6 +57,8 @@ def find_builder(
         try:
             builder = _told(label, model)
             fresh = build(builder)
+            if fits(fresh, contents, tensors):  # else there is no need to read it
+                rewrite_like_(fresh, contents, None, Reader())
         except (FileError, ValueError) as error:
             reason = f"  {error}"
             continue

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torchcap.checkpoint.builders import build, set_images_
 from torchcap.checkpoint.contents import Contents
 from torchcap.checkpoint.file import read
+from torchcap.checkpoint.forwards import rewrite_like_
 from torchcap.checkpoint.save import PACKAGES, reading_of
 from torchcap.checkpoint.structure import fit_, misfit, put_, skeleton, tensors_of
 from torchcap.digest import digest
 from torchcap.errors import FileError
-from torchcap.graph.analyze import analyze
+from torchcap.graph.analyze import Reader, analyze
 from torchcap.graph.copies import shadow
 from torchcap.graph.inputs import ExampleInputs
 from torchcap.graph.rules import Rules
@@ -47,9 +48,10 @@ def load(
     Args:
         path: of the file.
         model: the fresh model; for a student its teacher.
-        example_inputs: for reading a teacher, as in :func:`prepare`.
-        leaves: those that the student was prepared with.
-        rules: those that the student was prepared with.
+        example_inputs: for reading a teacher, or a model whose forwards were rewritten, as in
+            :func:`prepare`.
+        leaves: those that the model was compressed, or the student prepared, with.
+        rules: as ``leaves``.
 
     Returns:
         a new model in evaluation mode, with the dtypes of the file, on the device of ``model``
@@ -82,6 +84,7 @@ def load(
         fresh = _prepared(path, contents, model, example_inputs, leaves, rules)
     else:
         fresh = _rebuilt(path, contents) if model is None else skeleton(model)
+        rewrite_like_(fresh, contents, example_inputs, Reader(leaves, rules))
         fit_(fresh, contents, tensors)
     if reason := misfit(fresh, contents, tensors):
         raise FileError(f"{str(path)!r} holds another model:\n{reason}\n{_versions(contents)}")

@@ -103,6 +103,16 @@ def fit_(fresh: nn.Module, contents: Contents, tensors: Mapping[str, Tensor]) ->
             _set_sizes_(module, wanted[path].attributes)
 
 
+def fits(model: nn.Module, contents: Contents, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a fresh model is as large as the original: before anything is changed."""
+    kinds = structure_of(model)[""].kind, contents.structure[""].kind
+    found = tensors_of(model)
+    shared = {name: found[name].shape for name in tensors if name in found}
+    return _is_same_kind(*kinds) and all(
+        _is_smaller(tuple(tensors[name].shape), tuple(shape)) for name, shape in shared.items()
+    )
+
+
 def _differences(
     model: nn.Module, contents: Contents, tensors: Mapping[str, Tensor]
 ) -> Iterator[str]:

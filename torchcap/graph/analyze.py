@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
-from types import FunctionType
+from types import FunctionType, MappingProxyType
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torchcap.graph.branches import other_sides
 from torchcap.graph.escapes import escaped_sizes
 from torchcap.graph.inputs import ExampleInputs
 from torchcap.graph.interpret import Interpretation
-from torchcap.graph.proof import prove
+from torchcap.graph.proof import prove, untrue
 from torchcap.graph.recorder import LeafRule
 from torchcap.graph.rewriting import Opened, Refusal, Rewriting, rewriting_of
 from torchcap.graph.rules import OPERATORS, Rules, Target, find_module_operator, is_patched
@@ -223,6 +223,9 @@ def _read(
         interpret = partial(interpret, hidden=escaped.channels, unread_sides=unread)
         reading, graph = _open(opened, tracing, interpret)
     graph = _rewritten(opened, tracing, interpret, graph)
+    if most > 0 and not notes and graph.rewritings:
+        wrong = untrue(tracer, graph.rewritings)
+        graph = _rewritten(opened, tracing, interpret, graph, wrong) if wrong else graph
     return _Found(replace(graph, notes=(*graph.notes, *notes)))
 
 
@@ -253,29 +256,40 @@ def _rewritten(
     tracing: Tracing,
     interpret: Callable[..., Interpretation],
     graph: SpaceGraph,
+    wrong: Mapping[str, str] = MappingProxyType({}),
 ) -> SpaceGraph:
-    """Add what forwards become in which numbers follow; numbers of others are as they were."""
+    """Add what forwards become in which numbers follow; numbers of others are as they were.
+
+    Args:
+        opened: the numbers.
+        tracing: what has been recorded.
+        interpret: reads it.
+        graph: the spaces with all numbers open.
+        wrong: modules whose new forward would do something else, with the reason.
+    """
     notes: dict[str, str] = {}
     stuck: list[tuple[fx.Node, int]] = []
+    refused = dict(wrong)
     while True:
+        for path, reason in refused.items():
+            notes[path] = f"the forward of {path!r} cannot be rewritten: {reason}"
+            opened.close_(path)
+        if refused:
+            reading, graph = _open(opened, tracing, interpret)
+            stuck = reading.table.stuck()
+        refused = {}
         used = {size.place for size in graph.sizes if size.counted.parts}
         found: list[Rewriting] = []
-        refused: list[str] = []
         for path, numbers in opened.by_module().items():
             if used.intersection(number.place for number in numbers):
                 try:
                     found.append(rewriting_of(path, numbers, tracing.graphs))
                 except Refusal as refusal:
-                    notes[path] = f"the forward of {path!r} cannot be rewritten: {refusal}"
-                    refused.append(path)
+                    refused[path] = str(refusal)
         if not refused:
             where = {node.meta.get("path") for node, _ in stuck}
             left = [note for path, note in notes.items() if path in where]
             return graph.with_rewritings(found, left)
-        for path in refused:
-            opened.close_(path)
-        reading, graph = _open(opened, tracing, interpret)
-        stuck = reading.table.stuck()
 
 
 def leaf_rule(leaves: Sequence[type[nn.Module]], operators: Mapping[Target, Operator]) -> LeafRule:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from torchcap.graph.copies import set_mode, shadow, undisturbed
 from torchcap.graph.inputs import Inputs, flattened
+from torchcap.graph.rewriting import Rewriting
 from torchcap.graph.stand_ins import plain_transformers
 from torchcap.graph.trace import GraphRunner, Traced, Tracer, Tracing, first_line
 from torchcap.nests import mapped, tensors_in
@@ -99,6 +100,63 @@ def _compared(model: nn.Module, traced: Traced, inputs: Inputs) -> str | None:
     if runner.first is not None:
         return runner.first
     return "" if same(found, expected) else "the output"
+
+
+def untrue(tracer: Tracer, rewritings: Iterable[Rewriting]) -> dict[str, str]:
+    """Return the modules whose new forward does something else than theirs, with the reason.
+
+    Both are given the same arguments, in both modes, in a forward on other sizes.
+
+    Args:
+        tracer: has recorded the model; it is not changed.
+        rewritings: new forwards.
+    """
+    found: dict[str, str] = {}
+    model = shadow(tracer.model, torch.clone) if tracer.real else _changed(tracer.model)
+    for rewriting in rewritings:
+        module = model.get_submodule(rewriting.module)
+        check = _Check(rewriting.module_from(module), partial(found.setdefault, rewriting.module))
+        module.register_forward_pre_hook(check.before, with_kwargs=True)
+        module.register_forward_hook(check.after)
+    for training in (False, True):
+        set_mode(model, training=training)
+        for inputs in [tracer.inputs] if tracer.real else _others(tracer.inputs):
+            try:
+                _quietly(model, partial(model, *inputs.args, **inputs.kwargs))
+            except Exception:  # it may be made for one size alone
+                continue
+            break
+    return found
+
+
+@dataclass(slots=True)
+class _Check:
+    """Runs a new forward beside that of its module, by hooks.
+
+    Attributes:
+        twin: the module with the new forward.
+        report: is told what is wrong.
+        expected: what the new forward put out, or how it failed.
+    """
+
+    twin: nn.Module
+    report: Callable[[str], Any]
+    expected: list[Tensor] | str = ""
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.twin.training = module.training
+        with torch.random.fork_rng(devices=()):
+            try:
+                self.expected = [t.clone() for t in tensors_in(self.twin(*args, **kwargs))]
+            except Exception as error:  # whatever does not hold for other sizes
+                self.expected = first_line(error)
+
+    def after(self, module: nn.Module, _args: Any, output: Any) -> None:
+        mode = "training" if module.training else "evaluation"
+        if isinstance(self.expected, str):
+            self.report(f"on other sizes it fails ({self.expected})")
+        elif not same(list(tensors_in(output)), self.expected):
+            self.report(f"it would compute something else in {mode} mode")
 
 
 class _Comparison(GraphRunner):

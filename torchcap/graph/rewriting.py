@@ -78,6 +78,10 @@ class Rewriting:
         plain = {n: v for n, v in vars(module).items() if n not in vars(twin)}
         twin.__dict__.update({**widths, **plain, "training": module.training})
         twin.graph = copy.deepcopy(self.graph)
+        for node in self.graph.find_nodes(op="get_attr"):
+            if _is_new(node):
+                owner, _, name = str(node.target).rpartition(".")
+                vars(twin.get_submodule(owner)).setdefault(name, node.meta["val"])
         named = {str(node.target) for node in twin.graph.find_nodes(op="get_attr")}
         twin.meta[_KEPT] = {name: value for name, value in plain.items() if name not in named}
         return twin
@@ -348,7 +352,7 @@ class _Body:
         elif getattr(target, "__module__", "").startswith("torchcap"):
             raise Refusal(f"it writes into a tensor, at {node.meta.get('where')}")
         twin = self.graph.create_node(node.op, target, args, kwargs)
-        twin.meta["where"] = node.meta.get("where")
+        twin.meta |= {key: node.meta[key] for key in ("where", "place", "val") if key in node.meta}
         self.twins[node] = twin
         return twin
 

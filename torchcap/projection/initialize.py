@@ -434,10 +434,25 @@ def eliminations_of(space: SpaceContext, ridge: float) -> list[Elimination]:
     drops = space.channels - space.rank
     return [
         Elimination(
-            _condense(weight, len(moment)), _regular_inverse(moment, ridge, space), drops=drops
+            without_still(_condense(weight, len(moment)), moment.diagonal()),
+            _regular_inverse(moment, ridge, space),
+            drops=drops,
         )
         for weight, moment in pairs
     ]
+
+
+def without_still(weight: Tensor, spread: Tensor) -> Tensor:
+    """Return a weight that is zero where features are always zero, so that these cost nothing.
+
+    The ridge alone would give them a cost, which may be more than that of a channel which others
+    replace almost perfectly.
+
+    Args:
+        weight: shape ``(out, channels, taps)``.
+        spread: the mean square of the features, or their variance, ``(channels * taps,)``.
+    """
+    return weight * (spread > 0).reshape(weight.shape[1:]).to(weight)
 
 
 def _condense(weight: Tensor, features: int) -> Tensor:

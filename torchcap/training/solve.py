@@ -35,15 +35,17 @@ from torchcap.projection.initialize import (
     GreedySelection,
     drop_cheapest,
     selection_matrix,
+    without_still,
 )
 from torchcap.projection.moments import JointMoments, input_patches, output_rows
 from torchcap.training.progress import OnProgress, Progress, Watch
 from torchcap.training.recipe import ClosedForm
-from torchcap.training.regression import Affine, choose_ridge, regress, spread
+from torchcap.training.regression import ROUNDING, Affine, choose_ridge, regress, spread
 from torchcap.training.replay import Replay, Station, evaluated
 from torchcap.transform.balance import balance_
 from torchcap.transform.fold import fold_
 from torchcap.transform.materialize import erase_identities_
+from torchcap.transform.rewrite import rewrite_alike_
 from torchcap.transform.start import bases_for
 
 ROWS_PER_BATCH: Final = 8192
@@ -161,8 +163,11 @@ def solve_layers(
     for model in (small, teacher):
         evaluated(model, first)  # raises with the number of the batch
     folded = copied(teacher)
-    for model in (small, folded):
-        folds = reader(model, first.inputs).folds
+    for model in (folded, small):
+        graph = reader(model, first.inputs)
+        if model is folded:
+            rewrite_alike_(folded, graph, small)
+        folds = graph.folds
         fold_(model, folds)
         erase_identities_(model, [fold.norm for fold in folds if fold.norm is not None])
     replay = Replay(folded, small, source, memory=schedule.memory // 2, reader=reader)
@@ -535,9 +540,11 @@ class _Sweep:
             there = None if mask is None else _repeated(mask, 1, moments.inputs)
             bias = layer.bias is not None
             full = regress(moments, start, ridge=1e-4, intercept=bias, present=there)
-            _, regular = spread(moments, ridge=1e-4, intercept=bias, present=there)
+            plain, regular = spread(moments, ridge=1e-4, intercept=bias, present=there)
             inverse = torch.cholesky_inverse(torch.linalg.cholesky(regular[0]))
+            moving = plain[0].diagonal() - ROUNDING * moments.input_moment[0].diagonal()
             weight = full.weight[0].mT.reshape(-1, channels, taps)
+            weight = without_still(weight, moving)
             drops = sum(choice.space.channels - choice.rank for choice in choices)
             elimination = Elimination(weight, inverse, drops=max(1, drops))
             owner = torch.full((channels,), -1)

@@ -23,18 +23,26 @@ def rewrite_(model: nn.Module, graph: SpaceGraph, spaces: Collection[str]) -> No
         for size in graph.sizes
         if size.place.new is not None and any(name in spaces for name, _ in size.counted.parts)
     }
-    _rewrite_(model, graph, counting)
+    rewrite_forwards_(model, graph, counting)
 
 
 def rewrite_alike_(model: nn.Module, graph: SpaceGraph, other: nn.Module) -> None:
     """Rewrite the forwards that are rewritten in another model, in place."""
     kinds = dict(other.named_modules())
-    paths = {r.module for r in graph.rewritings}
-    _rewrite_(model, graph, {path for path in paths if isinstance(kinds.get(path), fx.GraphModule)})
+    paths = {r.module for r in graph.rewritings if isinstance(kinds.get(r.module), fx.GraphModule)}
+    rewrite_forwards_(model, graph, paths)
 
 
-def _rewrite_(model: nn.Module, graph: SpaceGraph, paths: Collection[str]) -> None:
+def rewrite_forwards_(model: nn.Module, graph: SpaceGraph, paths: Collection[str]) -> None:
+    """Rewrite the forwards of some modules, in place.
+
+    Args:
+        model: the one that was read, or a copy.
+        graph: its spaces.
+        paths: qualified names of the modules; one without a rewriting is left as it is.
+    """
     for rewriting in graph.rewritings:
         if rewriting.module in paths:
             module = model.get_submodule(rewriting.module)
-            replace_(model, rewriting.module, rewriting.module_from(module))
+            if not isinstance(module, fx.GraphModule):
+                replace_(model, rewriting.module, rewriting.module_from(module))
