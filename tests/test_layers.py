@@ -108,14 +108,14 @@ REFUSED: dict[str, tuple[Layer, str]] = {
         "activation inside",
     ),
     "EvoNorm2dB0": (lambda: evo_norm.EvoNorm2dB0(6), "measures every batch"),
-    "SplitBatchNorm2d": (lambda: tl.SplitBatchNorm2d(6, num_splits=2), "no rule"),
+    "SplitBatchNorm2d": (lambda: tl.SplitBatchNorm2d(6, num_splits=2), "in another way than it"),
     "ConvTranspose2d": (
         lambda: nn.ConvTranspose2d(6, 6, 2, groups=2),
         "transposed convolution with groups",
     ),
     "MultiheadAttention": (Attended, "computes with all of its weights"),
     "LSTM": (Recurrent, "no rule"),
-    "EcaModule": (lambda: tl.EcaModule(6), "no rule"),
+    "EcaModule": (lambda: tl.EcaModule(6), "convolves along the channels"),
     "normalised weights": (
         lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 6, 1)),
         "already parametrized",

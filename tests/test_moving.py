@@ -156,7 +156,6 @@ REFUSED: dict[str, tuple[Between, str]] = {
     "variance of everything by place": (lambda x: x * x.var(False), "reduced over all"),  # noqa: FBT003
     "norm of the channels": (lambda x: x / x.norm(dim=1, keepdim=True), "over the channels"),
     "norm of everything": (lambda x: x / x.norm(), "reduced over all dimensions"),
-    "normalize, as it is called most": (F.normalize, "acts along the channels"),
     "maximum of the channels": (lambda x: x + x.max(1)[0].unsqueeze(1), "over the channels"),
     "largest channels": (lambda x: x.topk(6, 1)[0], "acts along the channels"),
     "sorted channels": (lambda x: x.sort(1)[0], "acts along the channels"),
@@ -245,6 +244,14 @@ def test_channels_that_an_operator_acts_along_stay(case: str) -> None:
     graph = analyze(made(between), IMAGE)
     assert not graph.free
     assert reason in graph["first"].reason
+
+
+def test_a_norm_over_channels_lets_them_be_dropped() -> None:
+    model = made(F.normalize)
+    graph = analyze(model, IMAGE)
+    assert graph["first"].freedom == "selection"
+    student = random_student(model, random_plan(graph, 0), (IMAGE,))
+    assert materialize_error(student, (IMAGE,)) <= 1e-10
 
 
 # --------------------------------------------------------------------------------------------------

@@ -688,11 +688,6 @@ class Nested(nn.Module):
         return {"out": (self.c(x), {"scaled": [self.d(x) * 2, None]}), "size": x.shape[2]}
 
 
-@odd("wrapper for several devices", "module.0")
-def data_parallel() -> nn.Module:
-    return nn.DataParallel(nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 2)))
-
-
 # --------------------------------------------------------------------------------------------------
 # What is true of all of them
 
@@ -883,7 +878,6 @@ def test_layers_of_several_precisions_keep_them() -> None:
 NOT_ON_META = {
     "embedding tied to the classifier",
     "half, by index_select",
-    "wrapper for several devices",
 }
 
 

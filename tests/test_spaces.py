@@ -474,7 +474,7 @@ def test_rule_that_fails_is_a_boundary_and_is_noted() -> None:
     assert any("out of luck" in note for note in graph.notes)
 
 
-def test_subclass_with_a_forward_of_its_own_has_no_rule() -> None:
+def test_subclass_with_a_forward_of_its_own_is_read_inside() -> None:
     class Doubled(nn.Conv2d):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
@@ -487,8 +487,7 @@ def test_subclass_with_a_forward_of_its_own_has_no_rule() -> None:
 
     assert analyze(chain(Named), IMAGE)["0"].freedom == "linear"
     graph = analyze(chain(Doubled), IMAGE)
-    assert graph["0"].freedom == "fixed"
-    assert "no rule for 'conv2d'" in graph["0"].reason  # its forward is read, down to the function
+    assert [(s.name, s.freedom) for s in graph.free] == [("0", "linear"), ("1", "linear")]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -356,8 +356,8 @@ def teacher_of(student: nn.Module) -> nn.Module:
 
 def test_teacher_costs_no_memory_of_its_own() -> None:
     model = made("pre-activation")
-    teacher = teacher_of(student_of(model)).state_dict(keep_vars=True)
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    teacher = dict(teacher_of(student_of(model)).named_parameters())
+    for name, tensor in model.named_parameters():
         assert teacher[name].data_ptr() == tensor.data_ptr(), name
         assert not teacher[name].requires_grad, name
 

@@ -22,7 +22,7 @@ from torchcap.errors import (
     RecipeError,
 )
 from torchcap.graph.analyze import Reader, check_kind
-from torchcap.graph.copies import copied
+from torchcap.graph.copies import copied, hand_over_
 from torchcap.graph.inputs import ExampleInputs
 from torchcap.graph.rules import Rules
 from torchcap.graph.spaces import SpaceGraph
@@ -114,6 +114,7 @@ def prepare(  # noqa: PLR0913 - an argument for each thing that may be said
     state = project_(student, graph, plan, bases)
     lifts = [expansion(tap, state) for tap in graph.taps]
     TeacherPass(model, graph.taps, lifts, own=graph.written).attach(student)
+    hand_over_(student, model)
     return student
 
 
@@ -267,6 +268,7 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
     file = StateFile(state, identity, save_every)
     run = _Run(model, graph, plan, recipe, source, file, reader, on_progress)
     small = run.result()
+    hand_over_(small, model)
     file.remove()
     if kept is not None:
         kept.remove()

@@ -134,6 +134,40 @@ def _copy_functions_(model: nn.Module, memo: dict[int, Any]) -> None:
                 twin.__dict__[name] = _copied_function(value, memo)
 
 
+def hand_over_(twin: nn.Module, model: nn.Module) -> None:
+    """Let the functions of a copy write where those of the original do, in place.
+
+    Until then they write into containers of the copy's own. Hooks of a model that is given to the
+    user shall fill the user's ``features`` again. What holds parts of the model stays a copy.
+
+    Args:
+        twin: a copy; it may have lost modules, and hooks.
+        model: the original.
+    """
+    others = dict(twin.named_modules(remove_duplicate=False))
+    memo: dict[int, Any] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path in others:
+            memo[id(module)] = others[path]
+            for held in ("_parameters", "_buffers"):
+                own = getattr(others[path], held)
+                for name, tensor in getattr(module, held).items():
+                    memo |= {id(tensor): own[name]} if own.get(name) is not None else {}
+            for name, value in vars(module).items():  # a dictionary that a hook fills
+                if name in vars(others[path]) and isinstance(value, dict | list | set | deque):
+                    memo[id(value)] = vars(others[path])[name]
+    ours = {id(part) for part in (*model.parameters(), *model.buffers(), *model.modules())}
+    _copy_functions_(model, _Sharing(memo, ours | memo.keys()))
+
+
+class _Sharing(dict[int, Any]):
+    """What stands for which object, where all that knows nothing of the model is shared."""
+
+    def __init__(self, memo: dict[int, Any], ours: set[int]) -> None:
+        super().__init__(memo)
+        self.ours = ours
+
+
 def _copied_function(function: Any, memo: dict[int, Any]) -> Any:
     """Return a function whose cells hold copies; what needs none is returned itself."""
     if isinstance(function, types.MethodType):
@@ -174,10 +208,25 @@ def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
         return _copied_function(value, memo)
     if isinstance(value, type | types.ModuleType):
         return value
+    if isinstance(memo, _Sharing) and not _knows(value, memo.ours):
+        return value
     try:
         return copy.deepcopy(value, memo)
     except Exception:  # a file, a lock, a generator: it is the user's own in the copy too
         return value
+
+
+def _knows(value: Any, ours: set[int], depth: int = 6) -> bool:
+    """Whether a value is, or holds, a part of a model."""
+    if id(value) in ours or (isinstance(value, nn.Module | Tensor) or depth == 0):
+        return id(value) in ours
+    if isinstance(value, dict):
+        held = list(dict.values(value))
+    elif isinstance(value, list | tuple | set | deque):
+        held = list(value)
+    else:
+        held = list(getattr(value, "__dict__", {}).values())
+    return any(_knows(item, ours, depth - 1) for item in held)
 
 
 # --------------------------------------------------------------------------------------------------

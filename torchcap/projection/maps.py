@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,6 @@ class Stiefel(Projection):
         super().__init__(blocks, blocks * channels, blocks * rank)
         self.proxy = nn.Parameter(basis.detach().clone())
         self._shared: Tensor | None = None
-        self._last: Tensor | None = None
 
     def forward(self) -> Tensor:
         """Return ``P``, shape ``(blocks, channels / blocks, rank / blocks)``."""
@@ -76,13 +76,13 @@ class Stiefel(Projection):
             return self._shared
         # In a backward, gradient checkpointing runs a part of the forward again, and must find the
         # tensors that it found the first time.
-        if self._last is not None and torch._C._current_graph_task_id() != -1:
-            return self._last
+        if self in _LAST and torch._C._current_graph_task_id() != -1:
+            return _LAST[self]
         return polar(self.proxy)
 
     def __getstate__(self) -> dict[str, Any]:
         # What a forward leaves behind does not survive a copy: non-leaf tensors cannot.
-        return {**self.__dict__, "_shared": None, "_last": None}
+        return {**self.__dict__, "_shared": None}
 
     def contract(self, rows: Tensor, first: int, count: int) -> Tensor:
         """Apply ``Pᵀ``; see :meth:`Projection.contract`."""
@@ -149,11 +149,15 @@ def shared_bases(projections: Sequence[Projection]) -> Iterator[None]:
         release_bases(projections)
 
 
+_LAST: WeakKeyDictionary[Projection, Tensor] = WeakKeyDictionary()
+"""What every ``P`` was in the last forward; no part of a model's state."""
+
+
 def share_bases(projections: Sequence[Projection]) -> None:
     """Compute every trained ``P`` now, batched by shape, and keep them until released."""
     trained = [projection for projection in projections if isinstance(projection, Stiefel)]
     for projection, basis in zip(trained, polar_many([p.proxy for p in trained]), strict=True):
-        projection._shared = projection._last = basis
+        projection._shared = _LAST[projection] = basis
 
 
 def release_bases(projections: Sequence[Projection]) -> None:

@@ -129,7 +129,7 @@ class Replay:
         first = source.first()
         walkers = []
         for model in (teacher, student):
-            expected = evaluated(model, first)
+            expected = evaluated(model, first, times=2)
             reading = reader.trace(model, first.inputs)
             _check_replay(model, reading, first, expected)
             walkers.append(_Walker(model, reading))
@@ -150,7 +150,8 @@ class Replay:
         """Iterate over the calls of the layers, in the order of the forward.
 
         Layers that are called more than once are left out: one weight serves several inputs there.
-        So are calls with more than an input (the size that a transposed convolution should give).
+        So are calls with more than an input (the size that a transposed convolution should give),
+        and layers over positions, which run once for each channel: there are fewer in the student.
         """
         calls: dict[str, list[int]] = {}
         for index, node in enumerate(self.student.nodes):
@@ -159,10 +160,23 @@ class Replay:
         once = {
             name: index
             for name, (index, *more) in calls.items()
-            if not more and _only_reads(self.student.nodes[index])
+            if not more and _only_reads(self.student.nodes[index]) and self._is_as_often(index)
         }
         for name, index in sorted(once.items(), key=operator.itemgetter(1)):
             yield self._station(name, index, set(once.values()))
+
+    def _is_as_often(self, index: int) -> bool:
+        """Whether a layer writes as many rows in the student as in the teacher."""
+        rows = []
+        for walker in (self.teacher, self.student):
+            node = walker.nodes[index]
+            weight = getattr(walker.traced.module(node), "weight", None)
+            shape = list(_shape(node) or ())
+            if not isinstance(weight, Tensor) or len(shape) < weight.dim() - 1:
+                return False
+            del shape[1 - weight.dim()]
+            rows.append(shape)
+        return rows[0] == rows[1]
 
     def visit(self, station: Station) -> Iterator[tuple[Tensor, Tensor]]:
         """Run all batches to a station.
@@ -303,13 +317,16 @@ class Replay:
 
 
 @torch.no_grad()
-def evaluated(model: nn.Module, batch: Batch) -> list[Tensor]:
-    """Return what a model puts out in evaluation mode.
+def evaluated(model: nn.Module, batch: Batch, *, times: int = 1) -> list[Tensor]:
+    """Return what a model puts out in evaluation mode, when it is called for the n-th time.
 
     Raises:
         DataError: if it does not accept the batch.
     """
-    return list(tensors_in([batch.run(running(model))]))
+    twin = running(model)
+    for _ in range(times - 1):
+        batch.run(twin)
+    return list(tensors_in([batch.run(twin)]))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from torchcap.graph.copies import HOOKS, copied
+from torchcap.graph.copies import HOOKS, copied, hand_over_
 from torchcap.modes import outside_inference_mode
 from torchcap.projection.maps import shared_bases
 from torchcap.projection.parametrizations import ProjectAxis
@@ -54,6 +54,7 @@ def materialize(student: M) -> M:
     small = copied(root, memo)
     for module in small.modules():
         _strip(module, set(map(id, stand_ins.values())))
+    hand_over_(small, root)
     _restore_flags_(small, state)
     erase_identities_(small, [f.norm for f in state.folds if f.norm is not None])
     return small  # type: ignore[return-value]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchcap.errors import ModelError
-from torchcap.graph.copies import copied
+from torchcap.graph.copies import copied, hand_over_
 from torchcap.modes import outside_inference_mode
 
 M = TypeVar("M", bound=nn.Module)
@@ -48,7 +48,9 @@ def split_attention(model: M) -> M:
                 "add_zero_attn), and cannot be split"
             )
     memo = {id(attention): SplitAttention(attention) for _, attention in found}
-    return copied(model, memo)
+    split = copied(model, memo)
+    hand_over_(split, model)
+    return split
 
 
 class SplitAttention(nn.Module):
