@@ -135,6 +135,8 @@ class ChannelTable:
     _contractions: list[tuple[Ids, Ids]] = field(default_factory=list)
     _balances: list[tuple[Ids, str]] = field(default_factory=list)
     _products: dict[ProductKey, tuple[Ids, Ids, Scaling | None]] = field(default_factory=dict)
+    _roots: dict[tuple[ProductKey, int], int] = field(default_factory=dict)
+    _graph: int = 0
     _rooted: dict[int, Scaling] = field(default_factory=dict)
     _consumed: set[int] = field(default_factory=set)
     _met: Counter[tuple[str, int, int]] = field(default_factory=Counter)
@@ -145,6 +147,7 @@ class ChannelTable:
     def begin(self) -> None:
         """Note that another graph of the same model is going to be read."""
         self._met.clear()
+        self._graph += 1
 
     def new(self, count: int) -> Ids:
         """Return ``count`` new identities."""
@@ -215,17 +218,26 @@ class ChannelTable:
         place = (name, int(left.flat[0]), int(right.flat[0]))
         self._met[place] += 1
         key = (*place, self._met[place])
-        known = self._products.get(key)
-        if known is not None and (known[2] is None) != (scaling is None):
-            self.fix(left, f"scaled in one mode and not in the other, at {name!r}")
         self._products[key] = left, right, scaling
+        self._roots[key, self._graph] = 0 if scaling is None else roots
         return key
 
     def divide(self, key: ProductKey, writer: str) -> None:
         """Note that a product is divided by the root of its number of channels after all."""
         left, right, scaling = self._products[key]
-        roots = 1 if scaling is None else scaling.roots + 1
+        roots = self._roots[key, self._graph] + 1
         self._products[key] = left, right, Scaling(writer, left, roots)
+        self._roots[key, self._graph] = roots
+
+    def compare_scales(self) -> None:
+        """Fix the channels of products that are scaled in one mode and not in the other."""
+        found: dict[ProductKey, set[int]] = {}
+        for (key, _), roots in self._roots.items():
+            found.setdefault(key, set()).add(roots)
+        for key, several in found.items():
+            if len(several) > 1:
+                reason = f"scaled in one mode and not in the other, at {key[0]}"
+                self.fix(self._products[key][0], reason)
 
     def divide_side(self, rows: Ids, writer: str) -> None:
         """Note that a side of a product to come is divided by the root of its channels."""

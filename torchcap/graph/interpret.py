@@ -95,6 +95,7 @@ class Interpretation:
                 self.values[node] = self._visit(reading, node)
             self._fix_kept(reading)
         self._list_all_layers()
+        self.table.compare_scales()
         self._fix_hidden()
         self._fix_entangled()
         self._fix_auxiliary_layers()

@@ -277,13 +277,27 @@ class Shape(tuple[Any, ...]):
 
 
 def attribute_sizes(model: nn.Module, skipped: Callable[[nn.Module], bool]) -> Iterator[Place]:
-    """Iterate over the integers that modules hold in lists and tuples, and by themselves."""
+    """Iterate over the integers that modules hold in lists and tuples, and by themselves.
+
+    A list of hundreds is a table, not sizes.
+    """
     for path, module in model.named_modules():
         for name, value in () if skipped(module) else list(vars(module).items()):
             if type(value) is int:
                 yield Place(path, name)
-            elif type(value) in {list, tuple} and all(type(size) is int for size in value):
+            elif _are_sizes(value):
                 yield from (Place(path, name, index) for index in range(len(value)))
+
+
+def _are_sizes(value: Any) -> bool:
+    return (
+        type(value) in {list, tuple}
+        and len(value) <= _MOST_SIZES
+        and all(type(size) is int for size in value)
+    )
+
+
+_MOST_SIZES = 256
 
 
 def put_sizes_(model: nn.Module, sizes: Sequence[tuple[Place, Size]]) -> None:

@@ -473,17 +473,21 @@ def _note_stored(recorder: Recorder, outputs: Sequence[Tensor]) -> None:
         return
     gc.collect()  # what stands in a cycle is not stored, it only has not gone yet
     found = stored()
+    places = _storages(recorder.model)
     for entry, tensor in found:
-        entry.builder.kept.setdefault(entry.at(), _storage(recorder.model, tensor))
+        where = places.get(id(tensor), "by a hook or a closure")
+        entry.builder.kept.setdefault(entry.at(), f"kept after the forward, {where}")
     forget_([tensor for _, tensor in found])
 
 
-def _storage(model: nn.Module, tensor: Tensor) -> str:
+def _storages(model: nn.Module) -> dict[int, str]:
+    """Return as what modules keep tensors that are attributes of theirs, by the id of these."""
+    found: dict[int, str] = {}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if not name.startswith("_") and any(t is tensor for t in tensors_in(value)):
-                return f"kept after the forward, as {Place(path, name)}"
-    return "kept after the forward, by a hook or a closure"
+            for tensor in () if name.startswith("_") else tensors_in(value):
+                found.setdefault(id(tensor), f"as {Place(path, name)}")
+    return found
 
 
 def _misfit(
