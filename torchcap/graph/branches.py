@@ -3,18 +3,20 @@
 A forward that asks how large its images are may take another way with others
 (``if x.shape[-1] > 64: x = self.down(x)``). So where a comparison of such sizes has come out one
 way, the forward is recorded once more with the other outcome, and both ways are read together: a
-channel may be cut only if every reader on either way can follow.
+channel may be cut only if every reader on either way can follow. One recording turns as many
+comparisons as it can; where that fails, the halves of them are turned apart.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 
 from torchcap.graph.trace import Traced, Tracer, Tracing
 
 _MOST = 12
-"""Comparisons of which the other side is read: each costs a recording."""
+"""Recordings that are made to read other sides."""
 
 
 def other_sides(
@@ -31,17 +33,26 @@ def other_sides(
         the graphs that are new; and the places whose other side has not been read.
     """
     graphs: list[Traced] = []
-    unread = list(places)[_MOST:]
     known = [(graph.piece, graph.signature) for graph in tracing.graphs]
     longest = 4 * max(len(graph.graph.nodes) for graph in tracing.graphs)
-    for place in list(places)[:_MOST]:
+    waiting = deque([list(places)] if places else [])
+    for _ in range(_MOST):
+        if not waiting:
+            break
+        some = waiting.popleft()
         try:
-            found = tracer.record(turned={place}, longest=longest)
+            found = tracer.record(turned=set(some), longest=longest)
         except Exception:  # the other side refuses, as an assertion does, or does not fit
+            halves = some[: len(some) // 2], some[len(some) // 2 :]
+            waiting.extend(half for half in halves if len(some) > 1)
             continue
+        met = {str(branch.where) for branch in found.record.branches}
+        missed = [place for place in some if place not in met]  # another one led past them
+        if 0 < len(missed) < len(some):
+            waiting.append(missed)
         for graph in found.graphs:
             told = graph.piece, graph.signature
             if told not in known:
                 known.append(told)
                 graphs.append(replace(graph, turned=True))
-    return graphs, unread
+    return graphs, [place for some in waiting for place in some]
