@@ -384,9 +384,14 @@ def floats_mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """Call a model, by position or by name. Inputs are copied: some forwards write on them."""
+    """Call a model, by position or by name. Inputs are copied: some forwards write on them.
+
+    Others draw, from the same seed each time: the latent code of an autoencoder, say.
+    """
     given = mapped(torch.clone, inputs)
-    return model(**given) if isinstance(given, Mapping) else model(*given)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return model(**given) if isinstance(given, Mapping) else model(*given)
 
 
 @torch.no_grad()

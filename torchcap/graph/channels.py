@@ -133,7 +133,7 @@ class ChannelTable:
     _selections: list[tuple[Ids, str]] = field(default_factory=list)
     _nonlinear: list[Ids] = field(default_factory=list)
     _contractions: list[tuple[Ids, Ids]] = field(default_factory=list)
-    _balances: list[tuple[Ids, str]] = field(default_factory=list)
+    _balances: list[tuple[Ids, str, bool]] = field(default_factory=list)
     _products: dict[ProductKey, tuple[Ids, Ids, Scaling | None]] = field(default_factory=dict)
     _roots: dict[tuple[ProductKey, int], int] = field(default_factory=dict)
     _graph: int = 0
@@ -186,9 +186,15 @@ class ChannelTable:
         """Note that a function that is not linear acts on channels."""
         self._nonlinear.append(ids.ravel())
 
-    def balance(self, pieces: Ids, reason: str) -> None:
-        """Note that the rows of ``pieces``, ``(pieces, channels)``, must keep equal widths."""
-        self._balances.append((pieces, reason))
+    def balance(self, pieces: Ids, reason: str, *, held: bool = False) -> None:
+        """Note that the rows of ``pieces``, ``(pieces, channels)``, must keep equal widths.
+
+        Args:
+            pieces: the rows.
+            reason: why channels stay where they cannot.
+            held: whether they must because one attribute of a module counts them all.
+        """
+        self._balances.append((pieces, reason, held))
 
     def contract(self, name: str, left: Ids, right: Ids, writer: str | None = None) -> ProductKey:
         """Note that two tensors meet in a dot product, head by head.
@@ -224,7 +230,7 @@ class ChannelTable:
 
     def divide(self, key: ProductKey, writer: str) -> None:
         """Note that a product is divided by the root of its number of channels after all."""
-        left, right, scaling = self._products[key]
+        left, right, _ = self._products[key]
         roots = self._roots[key, self._graph] + 1
         self._products[key] = left, right, Scaling(writer, left, roots)
         self._roots[key, self._graph] = roots
@@ -313,13 +319,24 @@ class ChannelTable:
         """Return the numbers in the code for which channels stay."""
         if not self.numbers:
             return []
-        found = _Resolution(self, self.labels(), ())
+        found = _Resolution(self, self.labels())
         found.result()
-        return [
-            (node, position)
-            for node, position, ids in self.numbers
-            if self.by_numbers & {found.reasons[c] for c in found.cells_of(ids) if c >= 0}
-        ]
+        stuck = []
+        tied = []
+        for node, position, ids in self.numbers:
+            cells = [int(cell) for cell in found.cells_of(ids) if cell >= 0]
+            if self.by_numbers & {found.reasons[cell] for cell in cells}:
+                stuck.append((node, position))
+            elif any(map(found.is_fixed, cells)) and all(found.reasons[c] is None for c in cells):
+                tied.append((node, position, ids))
+        if not tied:
+            return stuck
+        apart = _Resolution(self, self.labels(), together=False)
+        apart.result()
+        for node, position, ids in tied:  # what one attribute counts, and something else holds
+            cells = [int(cell) for cell in apart.cells_of(ids) if cell >= 0]
+            stuck += [] if any(map(apart.is_fixed, cells)) else [(node, position)]
+        return stuck
 
     def labels(self, *, contracted: bool = True) -> Ids:
         """Return the class of every identity, by propagating the least label along the joins.
@@ -347,15 +364,25 @@ class ChannelTable:
 class _Resolution:
     """The work of one ``resolve()``: classes -> cells -> spaces."""
 
-    def __init__(self, table: ChannelTable, labels: Ids, observed: Sequence[Ids]) -> None:
+    def __init__(
+        self,
+        table: ChannelTable,
+        labels: Ids,
+        observed: Sequence[Ids] = (),
+        *,
+        together: bool = True,
+    ) -> None:
         self.table = table
         self.labels = labels
         self.axes = [labels[axis.ids] for axis in table.axes.values()]
         self.observed = [labels[ids.ravel()] for ids in observed]
-        self.balances = [(labels[ids], reason) for ids, reason in table._balances]
+        self.balances = [
+            (labels[i], reason) for i, reason, held in table._balances if together or not held
+        ]
         self.reasons: list[str | None] = []
         self._make_cells()
         self.tie = list(range(len(self.cells)))
+        self.held: set[int] | None = None  # the roots of what stays, once all is known
 
     def _make_cells(self) -> None:
         """Group classes that stand on the same axes and in the same pieces, by random signature."""
@@ -457,6 +484,14 @@ class _Resolution:
     def cells_of(self, ids: Ids) -> Ids:
         """Return the cells of some channels, :data:`UNKNOWN` where there is none."""
         return _unique(self.cell_of[self.labels[ids.ravel()]])
+
+    def is_fixed(self, cell: int) -> bool:
+        """Whether a cell stays, or one that it is tied to."""
+        if self.held is None:
+            self.held = {
+                self._root(c) for c, reason in enumerate(self.reasons) if reason is not None
+            }
+        return self._root(cell) in self.held
 
     def _why(self, classes: Ids) -> str:
         """Return the first reason for which some of these channels stay."""

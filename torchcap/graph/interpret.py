@@ -408,6 +408,11 @@ class Interpretation:
         waiting = self.table.bound
         while any(stuck):
             free = [[p for p in places if p not in pinned] for places, _ in waiting]
+            alone = {places[0] for places in free if len(places) == 1}
+            for places in free:  # ratio * key_dim follows key_dim, if that counts channels itself
+                if len(alone.intersection(places)) == 1 < len(places):
+                    pinned.update(p for p in places if p not in alone)
+                    places[:] = alone.intersection(places)
             stuck = [self.tracing.alone or len(places) != 1 for places in free]
             for places, rows in compress(waiting, stuck):  # what they count stays, so they stay
                 names = " * ".join(map(str, places))
@@ -421,7 +426,7 @@ class Interpretation:
             bound.setdefault(place, []).append(rows.reshape(-1, place.get(self.model)))
         found = {place: np.unique(np.concatenate(rows), axis=0) for place, rows in bound.items()}
         for place, rows in found.items():
-            self.table.balance(rows, f"does not fall evenly into {place}")
+            self.table.balance(rows, f"does not fall evenly into {place}", held=True)
         return found
 
     def _calls(self) -> Iterator[LayerCall]:
