@@ -1,0 +1,341 @@
+"""Forwards in which numbers are written are rewritten, and compute what they did."""
+
+from __future__ import annotations
+
+import copy
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from proofs import permutation_error, random_plan, random_student, relative_difference
+from small_nets import fingerprint
+from torch import Tensor, fx, nn
+
+import torchcap
+from torchcap import Recipe, analyze, compress, load, materialize, prepare, save
+from torchcap.errors import FileError
+from torchcap.graph.spaces import SpaceGraph
+
+WIDTH, HEADS, TOKENS = 12, 3, 5
+
+
+def tokens(count: int = 2, length: int = TOKENS) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, length, WIDTH, generator=generator, dtype=torch.float64)
+
+
+class Attention(nn.Module):
+    """Puts its heads side by side by the number of channels of its input, as most code does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.drop = nn.Dropout(0.5)
+        self.label = ["kept"]
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], x.shape[1], HEADS, -1).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = (self.heads(layer(x)) for layer in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=0.5 if self.training else 0.0)
+        return self.drop(self.out(y.transpose(1, 2).reshape(B, N, C)))
+
+
+class Called(Attention):
+    """Is told how long its input is."""
+
+    def forward(self, x: Tensor, length: int = 0, *, scale: float | None = None) -> Tensor:
+        return super().forward(x)[:, :length] * (1.0 if scale is None else scale)
+
+
+class Several(Attention):
+    """Takes any number of arguments."""
+
+    def forward(self, *x: Tensor) -> Tensor:
+        return super().forward(x[0])
+
+
+class Keeping(Attention):
+    """Keeps what it has computed, for somebody who looks at it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = super().forward(x)
+        return self.seen * 1
+
+
+class Writing(Attention):
+    """Writes into its argument."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        x.add_(1)
+        return y
+
+
+class Looking(Attention):
+    """Takes another way where its input is long."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y * 2 if x.shape[1] > TOKENS + 1 else y
+
+
+class Parts(nn.Module):
+    """Cuts what a layer puts out into pieces of written widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, 10)
+        self.left, self.right = nn.Linear(6, WIDTH), nn.Linear(4, WIDTH)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor | str]:
+        left, right = self.first(x).relu().split([6, 4], dim=-1)
+        return {"y": self.left(left) + self.right(right), "name": "parts"}
+
+
+class Net(nn.Module):
+    """A module between two layers."""
+
+    def __init__(self, kind: Callable[[], nn.Module], *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        self.stem, self.block, self.head = nn.Linear(WIDTH, WIDTH), kind(), nn.Linear(WIDTH, 4)
+        self.args, self.kwargs = args, kwargs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(self.stem(x), *self.args, **self.kwargs)
+        return self.head(y["y"] if isinstance(y, dict) else y)
+
+
+class Outer(nn.Module):
+    """Holds a module with a number, and has one itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.mix = Attention(), nn.Linear(WIDTH, WIDTH)
+        self.last = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mix(self.inner(x)).relu()
+        return self.last(
+            y.reshape(x.shape[0], -1, WIDTH // 2, 2).flatten(2).view(-1, TOKENS, WIDTH)
+        )
+
+
+def net(kind: Callable[[], nn.Module], *args: Any, **kwargs: Any) -> Net:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Net(kind, *args, **kwargs).double().eval()
+
+
+def free(graph: SpaceGraph) -> set[str]:
+    return {space.name for space in graph.free}
+
+
+def halved(model: nn.Module) -> nn.Module:
+    return materialize(prepare(model, ratio=0.5, example_inputs=tokens()))
+
+
+REWRITTEN: dict[str, tuple[Net, set[str]]] = {
+    "heads side by side": (net(Attention), {"block.q", "block.v"}),
+    "arguments": (net(Called, TOKENS, scale=2.0), {"block.q", "block.v"}),
+    "pieces": (net(Parts), {"block.first", "block.first:2"}),
+    "two of them": (net(lambda: nn.Sequential(Attention(), Attention())), {"block.1.v"}),
+    "one in another": (net(Outer), {"block.inner.v"}),
+}
+
+
+@pytest.mark.parametrize("case", REWRITTEN)
+def test_rewritten_forwards_compute_what_they_did(case: str) -> None:
+    model, spaces = REWRITTEN[case]
+    before = fingerprint(model)
+    graph = analyze(model, tokens())
+    assert spaces <= free(graph)
+    assert permutation_error(model, graph.free, (tokens(),)) <= 1e-12
+    student = random_student(model, random_plan(graph, 0), (tokens(),))
+    small = materialize(student)
+    for x in (tokens(), tokens(3), tokens(1)):
+        assert relative_difference(small(x), student(x)) <= 1e-12
+    assert fingerprint(model) == before
+    assert isinstance(small, Net)
+    assert [n for n, _ in small.named_parameters()] == [n for n, _ in model.named_parameters()]
+
+
+def test_other_lengths_are_no_matter() -> None:
+    model = net(Attention)
+    student = prepare(model, ratio=0.5, example_inputs=tokens())
+    assert relative_difference(materialize(student)(tokens(2, 9)), student(tokens(2, 9))) <= 1e-12
+
+
+def test_a_rewritten_module_keeps_what_it_holds_and_its_mode() -> None:
+    model = net(Attention)
+    model.block.q.bias.requires_grad_(requires_grad=False)
+    small = halved(model)
+    assert isinstance(small.block, fx.GraphModule)
+    assert small.block.label == ["kept"]
+    assert not small.block.training
+    assert not small.block.q.bias.requires_grad
+    assert small.block.v.out_features == 6
+    x = tokens()
+    assert torch.equal(small(x), small(x))
+    small.train()
+    assert not torch.equal(small(x), small(x))  # dropout, in the attention and behind it
+    with torch.no_grad():
+        small.block.drop.p = 0.0
+        assert not torch.equal(small(x), small(x))
+
+
+def test_what_a_module_does_in_training_is_what_it_did() -> None:
+    model = net(Attention)
+    graph = analyze(model, tokens())
+    (rewriting,) = graph.rewritings
+    twin = rewriting.module_from(model.block)
+    for training in (False, True):
+        model.block.train(training), twin.train(training)
+        torch.manual_seed(0)
+        expected = model.block(tokens())
+        torch.manual_seed(0)
+        assert torch.equal(twin(tokens()), expected)
+    model.eval()
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        copy.deepcopy,
+        pickled,
+        lambda small: torch.compile(small, backend="eager"),
+        lambda small: torch.export.export(small, (tokens(),)).module(),
+        lambda small: fx.symbolic_trace(small.block) and small,
+    ],
+    ids=["copy", "pickle", "compile", "export", "trace"],
+)
+def test_a_small_model_goes_where_others_go(way: Callable[[nn.Module], nn.Module]) -> None:
+    small = halved(net(Attention))
+    torch.testing.assert_close(way(small)(tokens()), small(tokens()))
+
+
+def test_a_small_model_can_be_compressed_again() -> None:
+    once = halved(net(Attention))
+    twice = halved(once)
+    assert twice.block.v.out_features == 3
+    student = prepare(once, ratio=0.5, example_inputs=tokens())
+    assert relative_difference(materialize(student)(tokens()), student(tokens())) <= 1e-12
+
+
+def test_an_argument_that_is_no_tensor_must_stay_what_it_was() -> None:
+    small = halved(net(Called, TOKENS))
+    x = small.stem(tokens())
+    assert small.block(x, 3).shape[1] == 3  # an attribute of the model gave it, and still does
+    with pytest.raises(AssertionError, match=r"argument scale had None in the example inputs"):
+        small.block(x, TOKENS, scale=2.0)
+
+
+def hooked() -> nn.Module:
+    block = Attention()
+    block.q.register_forward_hook(lambda module, args, output: None)
+    return block
+
+
+def patched() -> nn.Module:
+    block = Attention()
+    block.forward = block.forward  # type: ignore[method-assign]
+    return block
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (hooked, r"'block\.q' has hooks"),
+        (patched, "its forward has been replaced"),
+        (Several, r"any number of arguments \(\*x\)"),
+        (Keeping, r"is kept after the forward, as block\.seen"),
+        (Writing, "writes into"),
+        (Looking, "differs from call to call"),
+    ],
+)
+def test_a_forward_that_cannot_be_rewritten_stays_and_says_why(
+    kind: Callable[[], nn.Module], says: str
+) -> None:
+    model = net(kind)
+    graph = analyze(model, tokens())
+    assert "block.v" not in free(graph)
+    (note,) = graph.notes
+    assert note.startswith("the forward of 'block' cannot be rewritten: ")
+    assert re.search(says, note)
+    student = prepare(model, ratio=0.5, streams=True, example_inputs=tokens())
+    small = materialize(student)
+    assert type(small.block) is type(model.block)
+    assert relative_difference(small(tokens()), student(tokens())) <= 1e-12
+
+
+def test_leaves_leave_a_forward_as_it_is() -> None:
+    graph = analyze(net(Attention), tokens(), leaves=[Attention])
+    assert not graph.rewritings
+    assert free(graph) == set()
+
+
+def test_a_new_forward_that_fails_a_proof_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = torchcap.graph.rewriting.Rewriting.module_from
+
+    def broken(self: Any, module: nn.Module) -> fx.GraphModule:
+        twin = wrong(self, module)
+        (output,) = twin.graph.find_nodes(op="output")
+        with twin.graph.inserting_before(output):
+            output.args = (twin.graph.call_function(torch.mul, (output.args[0], 2)),)
+        twin.recompile()
+        return twin
+
+    monkeypatch.setattr(torchcap.graph.rewriting.Rewriting, "module_from", broken)
+    graph = analyze(net(Attention), tokens())
+    assert not graph.rewritings
+    assert "it would compute something else in evaluation mode" in " ".join(graph.notes)
+
+
+def test_closed_forms_solve_a_model_with_rewritten_forwards() -> None:
+    model = net(Attention)
+    data = [tokens(4) + n for n in range(4)]
+    small = compress(model, data, ratio=0.5, recipe=Recipe.seconds())
+    assert isinstance(small.block, fx.GraphModule)
+    by_weight = halved(model)
+    expected = torch.cat([model(x) for x in data])
+    errors = [
+        relative_difference(torch.cat([m(x) for x in data]), expected) for m in (small, by_weight)
+    ]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_a_file_of_a_model_with_rewritten_forwards(tmp_path: Path) -> None:
+    small = halved(net(Attention))
+    path = tmp_path / "small.safetensors"
+    save(small, path)
+    fresh = net(Attention)
+    with pytest.raises(FileError, match=r"forward of 'block' was rewritten.*example_inputs="):
+        load(path, fresh)
+    loaded = load(path, fresh, example_inputs=tokens())
+    assert torch.equal(loaded(tokens()), small(tokens()))
+    assert type(fresh.block) is Attention
+    with pytest.raises(FileError, match=r"holds another model"):
+        load(path, net(Looking), example_inputs=tokens())
+
+
+def test_a_student_with_rewritten_forwards_comes_back(tmp_path: Path) -> None:
+    model = net(Attention)
+    student = prepare(model, ratio=0.5, example_inputs=tokens())
+    save(student, tmp_path / "student.safetensors")
+    loaded = load(tmp_path / "student.safetensors", model, example_inputs=tokens())
+    assert torch.equal(loaded(tokens()), student.eval()(tokens()))
