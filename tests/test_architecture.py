@@ -35,6 +35,7 @@ ORDER = (
     "torchcap.graph.branches",
     "torchcap.graph.rewriting",
     "torchcap.graph.proof",
+    "torchcap.graph.legend",
     "torchcap.graph.spaces",
     "torchcap.graph.weights",
     "torchcap.graph.values",

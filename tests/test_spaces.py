@@ -237,11 +237,14 @@ def test_graph_prints_every_space_with_its_readers_and_its_reason() -> None:
     graph = read("CumulativeSum")
     lines = str(graph).splitlines()
     assert "CumulativeSum: 3 channel spaces, 1 free, 6 channels in them" in lines[0]
+    lines, legend = lines[: lines.index("")], lines[lines.index("") + 1 :]
     by_name = {line.split()[0]: line for line in lines[2:]}
     for space in graph.spaces:
         for fact in (str(space.channels), space.freedom, space.reason, layers_of(space.consumers)):
             assert fact in by_name[space.name]
     assert lines[-1] == "note: no rule for 'cumsum' (1 use)"
+    words = [line.partition(":")[0] for line in legend]
+    assert words == ["stiefel", "fixed", "[… no rule for …]"]
 
 
 def test_graph_tells_what_share_of_the_work_is_within_reach() -> None:

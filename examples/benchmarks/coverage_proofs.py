@@ -460,7 +460,9 @@ def count_macs(model: nn.Module, inputs: Inputs, names: set[str] | None = None) 
     handles = [
         module.register_forward_hook(count, with_kwargs=True)
         for name, module in model.named_modules()
-        if isinstance(module, kinds) and (names is None or name in names)
+        if isinstance(module, kinds)
+        # An attention whose keys are of another width is known by the layers that it holds.
+        and (names is None or not names.isdisjoint({name, f"{name}.out_proj"}))
     ]
     try:
         run(model, inputs)

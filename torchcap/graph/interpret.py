@@ -414,15 +414,15 @@ class Interpretation:
                     pinned.update(p for p in places if p not in alone)
                     places[:] = alone.intersection(places)
             stuck = [self.tracing.alone or len(places) != 1 for places in free]
-            for places, rows in compress(waiting, stuck):  # what they count stays, so they stay
-                names = " * ".join(map(str, places))
+            for counting, rows in compress(waiting, stuck):  # what they count stays: they stay
+                names = " * ".join(map(str, counting))
                 reason = f"counted by {names}, which is used in other ways too"
                 self.table.fix(rows, reason)
                 self.table.by_numbers.add(reason)
-                pinned.update(places)
+                pinned.update(counting)
             waiting = [entry for entry, why in zip(waiting, stuck, strict=True) if not why]
-        for places, rows in waiting:
-            (place,) = (p for p in places if p not in pinned)
+        for counting, rows in waiting:
+            (place,) = (p for p in counting if p not in pinned)
             bound.setdefault(place, []).append(rows.reshape(-1, place.get(self.model)))
         found = {place: np.unique(np.concatenate(rows), axis=0) for place, rows in bound.items()}
         for place, rows in found.items():

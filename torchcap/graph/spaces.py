@@ -16,6 +16,7 @@ from fractions import Fraction
 from math import prod
 from typing import Literal
 
+from torchcap.graph.legend import hints, meanings
 from torchcap.graph.rewriting import Rewriting
 from torchcap.graph.sizes import Place
 
@@ -391,3 +392,8 @@ def _table(graph: SpaceGraph) -> Iterator[str]:
         )
     for note in graph.notes:
         yield f"note: {note}"
+    words: set[str] = {space.freedom for space in graph.spaces}
+    words |= {"blocks"} if any(space.blocks > 1 for space in graph.spaces) else set()
+    yield ""
+    yield from meanings(words)
+    yield from hints({space.reason for space in graph.spaces if not space.free})

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from torchcap.errors import NothingToCompressError, PlanError
+from torchcap.graph.legend import hints
 from torchcap.graph.spaces import ChannelSpace, SpaceGraph
 from torchcap.plan.documents import document, parsed
 
@@ -267,12 +268,11 @@ def _rank(space: ChannelSpace, ratio: float, multiple_of: int) -> int:
 
 
 def _nothing(graph: SpaceGraph) -> str:
+    every = {space.reason for space in graph.spaces}
     reasons = [f"  {space.name}: {space.reason}" for space in graph.spaces[:20]]
     more = [f"  … and {len(graph.spaces) - 20} more"] if len(graph.spaces) > 20 else []
     found = "\n".join([*reasons, *more, *(f"  {note}" for note in graph.notes)])
     return (
         f"{graph.model!r} has no channel space that can be compressed:\n"
-        f"{found or '  no layer was found'}\n"
-        "An operator that torchcap does not know can be taught: analyze(model, rules={...}); "
-        "residual streams are spaces too with streams=True (--streams)"
+        f"{found or '  no layer was found'}" + "".join(f"\n{hint}" for hint in hints(every))
     )
