@@ -1062,9 +1062,10 @@ class TiedWeightsWithNorms(nn.Module):
 
 
 @truth(
-    Space(8, "fixed", "conv1", "conv2", "bn", "is registered under two names"),
+    Space(8, "stiefel", "conv1", "conv2", "bn"),
     Space(6, "stiefel", "conv2", "conv3"),
     Space(4, "fixed", "conv3", reason=OUTPUT),
+    folds={"conv1": "bn"},
 )
 class TwoNames(nn.Module):
     """The norm is called by its second name, while reading finds it under the first."""

@@ -101,6 +101,49 @@ class Net(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
+# Modules that are reached in other ways than by their name
+
+
+def layers_in_a_list(m: Quirky) -> None:
+    m.layers = [m.c, m.norm, m.act]
+
+
+@quirk(setup=layers_in_a_list, free=True)
+def goes_through_a_list_of_layers(m: Quirky, y: Tensor) -> Tensor:
+    for layer in m.layers:
+        y = layer(y)
+    return y
+
+
+def norm_in_a_closure(m: Quirky) -> None:
+    norm = m.norm
+    m.normalize = lambda y: norm(m.c(y))
+
+
+@quirk(setup=norm_in_a_closure, free=True)
+def goes_through_a_closure(m: Quirky, y: Tensor) -> Tensor:
+    return m.normalize(y)
+
+
+def norm_under_two_names(m: Quirky) -> None:
+    m.other = nn.ModuleDict({"norm": m.norm, "layer": m.c})
+
+
+@quirk(setup=norm_under_two_names, free=True)
+def goes_through_another_name(m: Quirky, y: Tensor) -> Tensor:
+    return m.other["norm"](m.c(y))
+
+
+def forward_of_a_norm(m: Quirky) -> None:
+    m.normalize = m.norm.forward
+
+
+@quirk(setup=forward_of_a_norm)
+def calls_a_forward_that_is_kept(m: Quirky, y: Tensor) -> Tensor:
+    return m.normalize(m.c(y))
+
+
+# --------------------------------------------------------------------------------------------------
 # Hooks
 
 

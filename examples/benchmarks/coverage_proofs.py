@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import product
 from math import inf, isfinite, prod
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,7 @@ TOLERANCE = 1e-8  # relative, of outputs in float64
 NUDGE = 1e-13  # relative change of the inputs that shows how a model's own rounding grows
 LOOSEST = 1e-4  # beyond this a comparison tells nothing
 BATCHES = 4  # of data for closed forms
+STARTS = 3  # random ones, and their mirrors, until every projection has had a gradient
 VANISHED = 1e-20  # of the largest gradient
 SOLVED = 1e-5  # relative, where a ridge regression is to find what there was
 SECTION = {"segmentation": 224, "detection": 320, "optical_flow": 128}  # height and width
@@ -488,6 +490,18 @@ class Recorder:
         return basis
 
 
+@dataclass(frozen=True, slots=True)
+class Mirrored:
+    """Starts as another initialiser does, times a sign where projections are not selections."""
+
+    inner: Initializer
+    sign: int
+
+    def __call__(self, space: SpaceContext) -> Tensor:
+        basis = self.inner(space)
+        return basis if space.selection else self.sign * basis
+
+
 class Subject:
     """One model with its small model, made from random orthonormal projections when asked for."""
 
@@ -642,7 +656,8 @@ def prove_cost(subject: Subject) -> str:
 def prove_gradients(subject: Subject) -> str:
     """One backward in training mode reaches every projection that is trained.
 
-    A unit that a random projection leaves dead has no gradient; from another start it may have one.
+    A unit that a random projection leaves dead has no gradient. From another start it may have one,
+    and most likely so where all its inputs change their signs.
     """
     parts = subject.sections or {"": subject.inputs}
     empty = [p for p, given in parts.items() if any(not t.numel() for t in tensors_of(given))]
@@ -650,9 +665,10 @@ def prove_gradients(subject: Subject) -> str:
     idle = {n for n in names if not any(n.startswith(f"{path}.") for path in empty)}
     if not names:
         raise Skip("every free space is a selection, which is not trained")
-    for seed in range(3):
-        start = torchcap.RandomOrthonormal(torch.Generator().manual_seed(seed))
-        student = subject.student if seed == 0 else subject.prepared(subject.plan, start)
+    for seed, sign in product(range(STARTS), (1, -1)):
+        start = Mirrored(torchcap.RandomOrthonormal(torch.Generator().manual_seed(seed)), sign)
+        plain = (seed, sign) == (0, 1)
+        student = subject.student if plain else subject.prepared(subject.plan, start)
         gradients = _gradients(student, parts, torchcap.projection_parameters(student))
         norms = [0.0 if gradient is None else float(gradient.norm()) for gradient in gradients]
         # Scores that softmax saturates move little; a NaN is not larger than anything.

@@ -786,12 +786,15 @@ def _xray(xray: Any) -> Entries:
     pictures = partial(images, 64, 1)
     auto = import_module("torchxrayvision.autoencoders")
     blocks = {"growth_rate": 16, "block_config": (2, 2, 2, 2), "num_init_features": 32}
+
+    def autoencoder() -> nn.Module:
+        model = auto._ResNetAE(auto.Bottleneck, auto.DeconvBottleneck, [1, 1, 1, 1], 1)
+        model.weights = None  # which its __repr__ asks for
+        return model
+
     return {
         "DenseNet": Entry(lambda: xray.models.DenseNet(weights=None, **blocks), pictures),
-        "ResNetAE": Entry(
-            lambda: auto._ResNetAE(auto.Bottleneck, auto.DeconvBottleneck, [1, 1, 1, 1], 1),
-            partial(images, 224, 1),
-        ),
+        "ResNetAE": Entry(autoencoder, partial(images, 224, 1)),
     }
 
 

@@ -215,6 +215,9 @@ def _read(
             notes.append("not proven, because a forward is long; prepare() and compress() do it")
         else:
             proof = prove(tracer, tracing)
+            if proof.values:
+                tracer.means["eval"].real = True
+                return _read(tracer, operators, streams=streams, most=most)
             if proof.mismatch is not None:
                 return _Found(graph, proof.mismatch)
             more = [*more, *proof.graphs]

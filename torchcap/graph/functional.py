@@ -41,12 +41,15 @@ def convolution_function(call: Call) -> Value:
             return False
         dims = layer.weight.dim() - 2
         settings = [
-            (name, getattr(layer, name), _repeated(call.argument(3 + index, name, default), dims))
+            (
+                _repeated(getattr(layer, name), dims),
+                _repeated(call.argument(3 + index, name, default), dims),
+            )
             for index, (name, default) in enumerate(
                 (("stride", 1), ("padding", 0), ("dilation", 1))
             )
         ]
-        same = all(own == given for _, own, given in settings)
+        same = all(own == given for own, given in settings)
         return same and call.argument(6, "groups", 1) == layer.groups
 
     return _as_layer(call, names, is_meant)

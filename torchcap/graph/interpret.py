@@ -307,21 +307,16 @@ class Interpretation:
     # What no operator shows
 
     def _shared_modules(self) -> dict[str, str]:
-        """Return the modules that have two names, or a tensor with two owners, with the reason."""
+        """Return the modules that share a tensor with another one, with the reason."""
         owners: dict[int, list[tuple[str, str]]] = {}
-        names: dict[int, list[str]] = {}
-        for path, module in self.model.named_modules(remove_duplicate=False):
-            names.setdefault(id(module), []).append(path)
+        for path, module in self.model.named_modules():
             for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-                if tensor is not None and len(names[id(module)]) == 1:
+                if tensor is not None:
                     owners.setdefault(id(tensor), []).append((path, name))
         reasons: dict[str, str] = {}
         for places in owners.values():
             for path, name in places if len(places) > 1 else ():
                 reasons[path] = f"{path}.{name} is shared with another layer"
-        for paths in names.values():
-            for path in paths if len(paths) > 1 else ():
-                reasons[path] = f"{path!r} is registered under two names"
         return reasons
 
     def _modules_read_outside(self) -> dict[str, str]:

@@ -24,7 +24,6 @@ HINTS: Mapping[str, str] = {
     "branches on the number of channels": "compare with the width of a layer, or not at all",
     "whose channels are not followed": "see why the other tensor is not followed: its layer stays",
     "already parametrized": "torch.nn.utils.parametrize.remove_parametrizations() first",
-    "under two names": "give each place a module of its own, if they need not be the same",
     "shared with another layer": "untie the weights, if they need not be the same",
     "where to is not read": "make the module that is not read one operator, with a rule",
 }

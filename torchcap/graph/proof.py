@@ -39,10 +39,13 @@ class Proof:
     Attributes:
         graphs: recorded for other sizes, where the graph of the example does not hold for them.
         mismatch: where a graph computes something else than the model; None if none does.
+        values: whether the forward looks at values for other sizes than those of the example, so
+            that it has to be read on real tensors.
     """
 
     graphs: tuple[Traced, ...] = ()
     mismatch: str | None = None
+    values: bool = False
 
 
 def prove(tracer: Tracer, tracing: Tracing) -> Proof:
@@ -68,11 +71,12 @@ def prove(tracer: Tracer, tracing: Tracing) -> Proof:
             continue
         if not mismatch:
             break
-        again = tracer.record(inputs=inputs).graphs[0]
-        mismatch = _compared(model, again, inputs)
-        if mismatch:
-            return Proof(mismatch=mismatch)
-        return Proof((replace(again, turned=True),))
+        again = tracer.record(inputs=inputs).graphs[:1]  # none if the forward looks at values
+        mismatch = None
+        for graph in again:
+            mismatch = _compared(model, graph, inputs) or None
+        graphs = tuple(replace(graph, turned=True) for graph in again)
+        return Proof(() if mismatch else graphs, mismatch, values=not again)
     return Proof()
 
 

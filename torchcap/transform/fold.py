@@ -15,7 +15,6 @@ from timm.layers import Conv2dSame
 from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame
 from torch import Tensor, nn
 
-from torchcap.graph.copies import HOOKS
 from torchcap.graph.rules import STANDARDIZED
 from torchcap.graph.spaces import Fold
 from torchcap.graph.weights import output_axis
@@ -31,18 +30,14 @@ def fold_(model: nn.Module, folds: Sequence[Fold]) -> None:
     for fold in folds:
         layer = model.get_submodule(fold.layer)
         if isinstance(layer, STANDARDIZED):
-            layer = plain_convolution(layer)
-            replace_(model, fold.layer, layer)
+            replace_(model, fold.layer, plain_convolution(layer))
         if fold.norm is not None:
             norm = model.get_submodule(fold.norm)
             weight, bias = absorb(layer, norm)
             old: Any = layer.weight
             own: Any = layer.bias if isinstance(layer.bias, nn.Parameter) else old
             layer.weight, layer.bias = _like(old, weight), _like(own, bias)
-            rest = remainder(norm)
-            for name in HOOKS:
-                getattr(rest, name).update(getattr(norm, name))
-            replace_(model, fold.norm, rest)
+            replace_(model, fold.norm, remainder(norm))
 
 
 def absorb(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -115,6 +110,17 @@ def plain_convolution(layer: nn.Module) -> nn.Conv2d:
 
 
 def replace_(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module at a place of a model, in place."""
-    parent, _, name = path.rpartition(".")
-    model.get_submodule(parent)._modules[name] = module
+    """Let a module of a model become another one, in place; it keeps its hooks.
+
+    It stays the same object: a forward may reach it in other ways than by its name, through a list
+    of layers or a closure.
+    """
+    old = model.get_submodule(path)
+    kept = {name: value for name, value in vars(old).items() if name in _HOOKS}
+    held = {**vars(module), **kept}
+    old.__class__ = type(module)
+    vars(old).clear()
+    vars(old).update(held)
+
+
+_HOOKS = frozenset(name for name in vars(nn.Module()) if "hook" in name)
