@@ -47,6 +47,7 @@ ORDER = (
     "torchcap.graph.heads",
     "torchcap.graph.functional",
     "torchcap.graph.attention",
+    "torchcap.graph.einsum",
     "torchcap.graph.rules",
     "torchcap.graph.folds",
     "torchcap.graph.taps",

@@ -583,3 +583,35 @@ def test_streams_with_positions_stay_unless_asked_for() -> None:
     graph = analyze(Tokens().eval(), FEATURES)
     assert [space.name for space in graph.free] == ["block.qkv"]
     assert "residual stream" in graph["embed"].reason
+
+
+class ByEinsum(Attention):
+    """Attention written in einsums, with the dimensions in orders of their own."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scores = torch.einsum("bhqc,bhkc->bqhk", query, key) * self.scale
+        return torch.einsum("bqhk,bhkc->bhqc", scores.softmax(-1), value)
+
+
+class OneHeadByEinsum(nn.Module):
+    """Queries that are multiplied with all places of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.image = nn.Linear(WIDTH, SIZE), nn.Conv2d(3, SIZE, 3)
+        randomize_(self.double(), torch.Generator().manual_seed(1))
+
+    def forward(self, x: Tensor, image: Tensor) -> Tensor:
+        return torch.einsum("bqc,bchw->bqhw", self.query(x), self.image(image).relu())
+
+
+@pytest.mark.parametrize("model", [ByEinsum(), OneHeadByEinsum()])
+def test_einsums_are_the_products_that_they_write(model: nn.Module) -> None:
+    image = torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(0)).double()
+    inputs = (TOKENS,) if isinstance(model, ByEinsum) else (TOKENS, image)
+    graph = analyze(model, inputs)
+    names = {space.name for space in graph.free}
+    assert names == ({"qkv"} if isinstance(model, ByEinsum) else {"query"})
+    assert permutation_error(model, graph.free, inputs) <= 1e-10
+    student = random_student(model, random_plan(graph, 0), inputs)
+    assert materialize_error(student, inputs) <= 1e-10

@@ -8,6 +8,7 @@ what they were.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,8 +34,13 @@ from torchcap.graph.values import (
 )
 
 
-def product(call: Call) -> Value:
-    """Matrix product: of queries and keys, or of attention and values."""
+def product(call: Call, nodes: Sequence[Any] | None = None) -> Value:
+    """Matrix product: of queries and keys, or of attention and values.
+
+    Args:
+        call: the call.
+        nodes: both operands in the graph, if they are not the arguments of the call.
+    """
     left, right = call.argument(0, "input"), call.argument(1, "other")
     if not all(
         isinstance(x, Channels | Heads | Opaque) and len(x.shape) > 1 for x in (left, right)
@@ -50,7 +56,7 @@ def product(call: Call) -> Value:
     if rows is None:
         return call.give_up("multiplied along different channels")
     key = call.table.contract(call.where, *rows)
-    return Scores(call.shape, key, rows[0], _writer(call, ("input", "other")))
+    return Scores(call.shape, key, rows[0], _writer(call, ("input", "other"), nodes))
 
 
 def scaling(call: Call) -> Value:
@@ -148,15 +154,15 @@ def dot_product_attention(call: Call) -> Value:
     return _multiplied(call, spread(value), kept=-1, summed=-2)
 
 
-def _writer(call: Call, names: tuple[str, str]) -> str | None:
+def _writer(call: Call, names: tuple[str, str], nodes: Sequence[Any] | None = None) -> str | None:
     """Return the layer that wrote the queries, if nothing but moves is done to them afterwards.
 
     None if there is none, or if it wrote the keys too and the two cannot be told apart.
     """
-    query, key = (
+    query, key = nodes or [
         call.node.args[place] if place < len(call.node.args) else call.node.kwargs.get(name)
         for place, name in enumerate(names)
-    )
+    ]
     wrote, other = written_by_layer(query, call), written_by_layer(key, call)
     pair = [call.argument(place, name) for place, name in enumerate(names)]
     if wrote is not None and wrote == other:

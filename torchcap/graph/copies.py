@@ -151,7 +151,8 @@ def hand_over_(twin: nn.Module, model: nn.Module) -> None:
             memo[id(module)] = others[path]
             for held in ("_parameters", "_buffers"):
                 own = getattr(others[path], held)
-                for name, tensor in getattr(module, held).items():
+                tensors = {n: t for n, t in getattr(module, held).items() if t is not None}
+                for name, tensor in tensors.items():
                     memo |= {id(tensor): own[name]} if own.get(name) is not None else {}
             for name, value in vars(module).items():  # a dictionary that a hook fills
                 if name in vars(others[path]) and isinstance(value, dict | list | set | deque):

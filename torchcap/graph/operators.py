@@ -195,26 +195,6 @@ def together(call: Call) -> Value:
     return call.like(first, len(call.shape) - behind)
 
 
-def contraction(call: Call) -> Value:
-    """``einsum`` of one tensor whose channels are followed, and neither summed nor weighted."""
-    equation, *operands = call.args
-    if len(operands) == 1 and isinstance(operands[0], tuple | list):
-        operands = list(operands[0])
-    followed = [v for v in operands if isinstance(v, Channels)]
-    if not isinstance(equation, str) or "->" not in equation or "." in equation:
-        return call.give_up(f"{call.label} without letters for all dimensions")
-    if len(followed) != 1 or not all(isinstance(v, Channels | Opaque) for v in operands):
-        return call.give_up(f"{call.label} of several tensors with channels")
-    inputs, output = equation.replace(" ", "").split("->")
-    (x,), term = followed, inputs.split(",")[operands.index(followed[0])]
-    letter = term[x.dim]
-    if letter not in output:
-        return call.give_up(f"{call.label} sums over the channels")
-    if inputs.count(letter) > 1:
-        return call.give_up(f"{call.label} with a tensor whose channels are not followed")
-    return call.like(x, output.index(letter))
-
-
 def gated_halves(call: Call) -> Value:
     """``glu``: one half of the channels, multiplied with the sigmoid of the other."""
     x = call.argument(0, "input")

@@ -39,6 +39,7 @@ from torchcap.graph.attention import (
     scaling,
 )
 from torchcap.graph.calls import assigned
+from torchcap.graph.einsum import contraction
 from torchcap.graph.factories import assignment, made
 from torchcap.graph.functional import (
     FUNCTIONAL_CONVOLUTIONS,
@@ -86,7 +87,6 @@ from torchcap.graph.operators import (
     attribute,
     chunk,
     concatenation,
-    contraction,
     count,
     extreme,
     gated_halves,
@@ -312,7 +312,7 @@ OPERATORS: Mapping[Target, Operator] = {
     **dict.fromkeys((torch.addcmul, "addcmul"), _operator(multiplied_addition)),
     **dict.fromkeys(_COMPARISONS, _operator(together)),
     **dict.fromkeys((nn.GLU, F.glu), _operator(gated_halves)),
-    torch.functional.einsum: _operator(contraction),
+    torch.functional.einsum: _operator(contraction, contraction),
     **dict.fromkeys(
         (torch.cat, torch.concat, torch.concatenate), _operator(concatenation, heads.joining)
     ),
