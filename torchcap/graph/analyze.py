@@ -242,16 +242,28 @@ def _open(
     """Read graphs; the numbers in the code for which channels stay become attributes."""
     for traced in tracing.graphs:
         opened.apply_(traced)
+    across: frozenset[str] = frozenset()
     reading = interpret(tracing)
     graph = reading.graph()
     for _ in range(_MOST_ROUNDS):
-        if not opened.open_all(reading.table.stuck()):
+        fixed = _across_what_stays(graph)
+        if not opened.open_all(reading.table.stuck()) and fixed <= across:
             break
+        across |= fixed
         for traced in tracing.graphs:
             opened.apply_(traced)
-        reading = interpret(tracing)
+        reading = interpret(tracing, across=across)
         graph = reading.graph()
     return reading, graph
+
+
+def _across_what_stays(graph: SpaceGraph) -> frozenset[str]:
+    """Return the layers over positions that run for channels which stay anyway."""
+    return frozenset(
+        call.module
+        for call in graph.calls
+        if call.beside is not None and not any(graph[name].free for name, _ in call.beside.parts)
+    )
 
 
 def _rewritten(

@@ -115,6 +115,7 @@ class ChannelTable:
         bound: attributes that say how many channels there are (as a product), with the channels.
         pinned: attributes that are used in another way too.
         beside: the layers that mix another dimension than the channels, with these.
+        across: the layers of which the other dimension is followed instead of the channels.
         abandoned: the modules that a rule gave up on in one of their calls, with the reason; what
             another call says of them does not hold.
         numbers: the numbers in the code that would have to follow channels: the node, which of the
@@ -125,6 +126,7 @@ class ChannelTable:
     axes: dict[tuple[str, str, int], Axis] = field(default_factory=dict)
     abandoned: dict[str, str] = field(default_factory=dict)
     beside: dict[str, Ids] = field(default_factory=dict)
+    across: frozenset[str] = frozenset()
     numbers: list[tuple[fx.Node, int, Ids]] = field(default_factory=list)
     by_numbers: set[str] = field(default_factory=set)
     _size: int = 0

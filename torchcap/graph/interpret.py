@@ -69,6 +69,7 @@ class Interpretation:
         streams: bool,
         hidden: Collection[Silent] = (),
         unread_sides: Collection[str] = (),
+        across: frozenset[str] = frozenset(),
     ) -> None:
         self.model = model
         self.tracing = tracing
@@ -76,7 +77,7 @@ class Interpretation:
         self.operators = operators
         self.streams = streams
         self.hidden, self.unread_sides = hidden, unread_sides
-        self.table = ChannelTable()
+        self.table = ChannelTable(across=across)
         self.shared = self._shared_modules()
         self.read_outside = self._modules_read_outside()
         self.direct: set[tuple[str, str, int]] = set()

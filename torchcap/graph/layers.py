@@ -10,7 +10,7 @@ from torch import nn
 from torchcap.graph.channels import Ids
 from torchcap.graph.operators import pointwise
 from torchcap.graph.sizes import Place
-from torchcap.graph.values import Call, Channels, Value
+from torchcap.graph.values import Call, Channels, Opaque, Value
 from torchcap.graph.weights import output_axis
 
 # --------------------------------------------------------------------------------------------------
@@ -76,10 +76,14 @@ def linear(call: Call) -> Value:
         return call.give_up(f"the weight of {call.label} is already parametrized")
     reading = call.table.axis(call.path, [("weight", 1)], "consumer", layer.in_features)
     writing = _written(call, layer, layer.out_features)
+    mixes = f"{call.label} mixes another dimension than the channels"
+    if isinstance(x, Channels) and x.dim != len(x.shape) - 1 and call.path in call.table.across:
+        call.fix(x.ids, mixes)
+        x = Opaque(x.shape)  # what it writes is followed instead
     if isinstance(x, Channels) and x.dim != len(x.shape) - 1:
         # It mixes positions, of which there are as many as ever; each channel by itself.
         for ids in (reading, writing):
-            call.fix(ids, f"{call.label} mixes another dimension than the channels")
+            call.fix(ids, mixes)
         known = call.table.beside.setdefault(call.path, x.ids)
         if not np.array_equal(known, x.ids):  # called for other channels too
             return call.give_up(f"{call.label} mixes another dimension of several spaces")
