@@ -810,7 +810,7 @@ def shuffled_channels(m: Quirky, y: Tensor) -> Tensor:
     return y.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
 
 
-@quirk(free=False)
+@quirk(free=True)
 def pixel_shuffle(m: Quirky, y: Tensor) -> Tensor:
     return F.pixel_unshuffle(F.pixel_shuffle(y, 2), 2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -178,14 +179,6 @@ REFUSED: dict[str, tuple[Between, str]] = {
         lambda x: F.pixel_shuffle(torch.cat([x, x], 1)[:, :, :3, :3].repeat(1, 2, 1, 1), 2),
         "channels are repeated",
     ),
-    "shuffle of several channels": (
-        lambda x: F.pixel_unshuffle(F.pixel_shuffle(torch.cat([x, x], 1), 2), 4)[:, :6],
-        "puts several channels into one",
-    ),
-    "fold of several channels": (
-        lambda x: F.fold(x.flatten(2), (12, 6), (2, 1), stride=(2, 1)).repeat(1, 2, 1, 1),
-        "puts several channels into one",
-    ),
     "grid from the channels": (
         lambda x: F.grid_sample(x, x.permute(0, 2, 3, 1)[..., :2], **GRIDS),
         "indexed along the channels",
@@ -244,6 +237,42 @@ def test_channels_that_an_operator_acts_along_stay(case: str) -> None:
     graph = analyze(made(between), IMAGE)
     assert not graph.free
     assert reason in graph["first"].reason
+
+
+class Larger(nn.Module):
+    """Makes an image larger by channels that become pixels, as super-resolution does."""
+
+    def __init__(self, shuffle: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.wide, self.last = (
+            nn.Conv2d(3, 4, 3),
+            nn.Conv2d(4, 24, 3),
+            nn.Conv2d(6, 3, 1),
+        )
+        self.shuffle = shuffle
+        randomize_(self.double().eval(), torch.Generator().manual_seed(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.shuffle(self.wide(self.first(x).relu()).relu()))
+
+
+@pytest.mark.parametrize(
+    "shuffle",
+    [
+        nn.PixelShuffle(2),
+        lambda x: F.pixel_shuffle(x, 2),
+        lambda x: F.fold(x.flatten(2), (2 * x.shape[2], 2 * x.shape[3]), 2, stride=2),
+    ],
+    ids=["module", "function", "fold"],
+)
+def test_channels_that_become_pixels_of_one_go_together(shuffle: Any) -> None:
+    model = Larger(shuffle)
+    image = torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(0)).double()
+    graph = analyze(model, image)
+    assert {(s.name, s.channels) for s in graph.free} == {("first", 4), ("wide", 6)}
+    assert permutation_error(model, graph.free, (image,)) <= 1e-10
+    student = random_student(model, random_plan(graph, 0), (image,))
+    assert materialize_error(student, (image,)) <= 1e-10
 
 
 def test_a_norm_over_channels_lets_them_be_dropped() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from torchcap import processes
 from torchcap.errors import DataError, TorchcapError
+from torchcap.nests import cloned
 
 Batches = Iterable[Any]
 
@@ -94,7 +95,8 @@ class Batch:
             DataError: if the batch is not finite, or the model does not accept it.
         """
         with self.blamed(model):
-            return model(*self.args, **self.kwargs)
+            args, kwargs = cloned((self.args, dict(self.kwargs)))  # it may write into them
+            return model(*args, **kwargs)
 
     @contextlib.contextmanager
     def blamed(self, model: nn.Module) -> Iterator[None]:

@@ -62,6 +62,11 @@ def mapped(value: Any, change: Callable[[Any], Any], depth: int = 0) -> Any:
     return twin
 
 
+def cloned(value: Any) -> Any:
+    """Return a nested value with clones of its tensors, for a function that may write into them."""
+    return mapped(value, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
+
+
 def step_into(value: Any, key: Key) -> Any:
     """Return the part of a value that one step leads to."""
     return value[key[1]] if key[0] == "item" else getattr(value, key[1])

@@ -261,7 +261,7 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
         "plan": plan.to_dict(),
         "recipe": str(recipe),
         "seed": seed,
-        "model": digest(model.state_dict(), repr(model)),
+        "model": digest(model.state_dict(), _classes(model)),
         "data": "none" if source is None else processes.shared_text(_in_words(source)),
         "processes": processes.count(),
     }
@@ -273,6 +273,11 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
     if kept is not None:
         kept.remove()
     return small
+
+
+def _classes(model: nn.Module) -> str:
+    """Return the classes of all modules by name; what they say of themselves may be anything."""
+    return "\n".join(f"{path}: {type(m).__qualname__}" for path, m in model.named_modules())
 
 
 def _in_words(source: Source) -> str:

@@ -30,6 +30,7 @@ from torchcap.graph.inputs import ExampleInputs, Inputs, as_inputs, default_inpu
 from torchcap.graph.rules import COUNTED
 from torchcap.graph.spaces import LayerCall
 from torchcap.graph.weights import layer_calls
+from torchcap.nests import cloned
 from torchcap.plan.cost import LayerCost, costs_of_calls
 from torchcap.training.relax import evaluating
 
@@ -319,6 +320,7 @@ def compare(
     """
     _check(model, small, batch_sizes, repeats)
     inputs = default_inputs(model) if example_inputs is None else as_inputs(example_inputs)
+    inputs = Inputs(*cloned((inputs.args, dict(inputs.kwargs))))  # a forward may write into them
     tensors = [leaf for leaf in tree_leaves(list(_values(inputs))) if isinstance(leaf, Tensor)]
     device = tensors[0].device if tensors else torch.device("cpu")
     with evaluating(model), evaluating(small):

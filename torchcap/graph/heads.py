@@ -66,6 +66,9 @@ def reshaping(call: Call) -> Value:
         sizes = tuple(sizes[0])
     if isinstance(x, Heads) or (isinstance(x, Channels) and _stands_alone(x, call.shape)):
         return _reshaped(call, x, sizes)
+    alone = _only_moved(x, call.shape) if isinstance(x, Channels) else None
+    if alone is not None and len(sizes) == len(call.shape):
+        return _sized(call, Heads(call.shape, (alone,), x.ids, 0), sizes)
     pin_settings(call)
     return moving.reshaping(call)
 
@@ -97,6 +100,19 @@ def _stands_alone(x: Channels, shape: tuple[int, ...]) -> bool:
     """Whether a reshape merges the channels with no other dimension."""
     group = next((old for old, _ in _groups(x.shape, shape) if x.dim in old), [])
     return group == [x.dim] and x.shape[x.dim] > 1 < len(x.shape)
+
+
+def _only_moved(x: Channels, shape: tuple[int, ...]) -> int | None:
+    """Return where channels are behind a reshape that adds or drops dimensions of size one."""
+    old = [d for d, size in enumerate(x.shape) if size > 1 or d == x.dim]
+    new = [d for d, size in enumerate(shape) if size > 1]
+    if len(x.ids) < 2:
+        return None
+    groups = _groups([x.shape[d] for d in old], [shape[d] for d in new])
+    held = [(a, b) for a, b in groups if old.index(x.dim) in a]
+    if len(held) != 1 or [len(side) for side in held[0]] != [1, 1]:
+        return None
+    return new[held[0][1][0]]
 
 
 def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:

@@ -341,9 +341,10 @@ class Interpretation:
 
     def _is_handed_on(self, node: fx.Node, owner: nn.Module) -> bool:
         """Whether a layer's tensor is read by functions alone that do what a layer does."""
-        users = [user for user in node.users if user.target in LAYER_FUNCTIONS]
+        others = [user for user in node.users if not _reads_kernel(user)]
+        users = [user for user in others if user.target in LAYER_FUNCTIONS]
         known = find_module_operator(owner, self.operators, patched=True) is not None
-        return len(users) == len(node.users) > 0 and known
+        return len(users) == len(others) > 0 and known
 
     def _list_all_layers(self) -> None:
         """Give every layer its axes, those too that no graph has led to, with the reason."""
@@ -489,6 +490,16 @@ class Interpretation:
             )
             self.table.fix(silent.ids, reason)
             self.table.by_numbers.add(reason)
+
+
+def _reads_kernel(node: fx.Node) -> bool:
+    """Whether a node reads how large the kernel of a weight is: channels don't lie there."""
+    return (
+        node.target == "size"
+        and len(node.args) == 2
+        and type(node.args[1]) is int
+        and node.args[1] >= 2
+    )
 
 
 _WIDTHS = frozenset(

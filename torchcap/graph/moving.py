@@ -282,6 +282,9 @@ def gathering(call: Call) -> Value:
         return call.give_up(call.unexpected)
     dim = len(call.shape) - 3
     neighbours = x.ids.reshape(call.shape[dim], -1) if x.dim == dim else x.ids[None]
-    if x.dim != dim or (neighbours != neighbours[:, :1]).any():
-        return call.give_up(f"{call.label} puts several channels into one")
+    if x.dim != dim:
+        return call.give_up(f"{call.label} acts along the channels")
+    first = np.broadcast_to(neighbours[:, :1], neighbours.shape)
+    if not np.array_equal(first, neighbours):  # what becomes one channel goes or stays together
+        call.table.join(first.ravel(), neighbours.ravel())
     return Channels(call.shape, dim, neighbours[:, 0])

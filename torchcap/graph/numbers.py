@@ -117,6 +117,18 @@ def _compared(call: Call, left: Value, right: Value) -> Value | None:
     return call.result
 
 
+def _ordered(call: Call, left: Value, right: Value) -> Value | None:
+    """Whether a size is below another: what is small enough stays so with fewer channels."""
+    target = call.node.target
+    if isinstance(left, Extent) and type(right) in {int, float}:
+        below = target in {operator.lt, operator.le}
+    elif isinstance(right, Extent) and type(left) in {int, float}:
+        below = target in {operator.gt, operator.ge}
+    else:
+        return None
+    return call.result if call.result is below else None
+
+
 _RULES: dict[Any, Callable[[Call, Value, Value], Value | None]] = {
     operator.mul: _multiplied,
     operator.floordiv: _divided,
@@ -126,4 +138,5 @@ _RULES: dict[Any, Callable[[Call, Value, Value], Value | None]] = {
     operator.truediv: _inverted,
     operator.eq: _compared,
     operator.ne: _compared,
+    **dict.fromkeys((operator.lt, operator.le, operator.gt, operator.ge), _ordered),
 }

@@ -23,7 +23,7 @@ from torchcap.graph.inputs import Inputs, flattened
 from torchcap.graph.rewriting import Rewriting
 from torchcap.graph.stand_ins import plain_transformers
 from torchcap.graph.trace import GraphRunner, Traced, Tracer, Tracing, first_line
-from torchcap.nests import mapped, tensors_in
+from torchcap.nests import cloned, mapped, tensors_in
 
 _MOST_KEPT = 2**26
 """Entries of module outputs that are kept for the comparison; further ones are not compared."""
@@ -91,7 +91,8 @@ def _compared(model: nn.Module, traced: Traced, inputs: Inputs) -> str | None:
     seen: dict[tuple[str, int], Tensor] = {}
     try:
         with _outputs_noted(model, traced, seen):
-            expected = _quietly(model, lambda: model(*inputs.args, **inputs.kwargs))
+            args, kwargs = cloned((inputs.args, dict(inputs.kwargs)))  # it may write into them
+            expected = _quietly(model, partial(model, *args, **kwargs))
     except Exception:  # it may be made for one size alone
         return None
     for tensor, before in kept:
@@ -126,7 +127,8 @@ def untrue(tracer: Tracer, rewritings: Iterable[Rewriting]) -> dict[str, str]:
         set_mode(model, training=training)
         for inputs in [tracer.inputs] if tracer.real else _others(tracer.inputs):
             try:
-                _quietly(model, partial(model, *inputs.args, **inputs.kwargs))
+                args, kwargs = cloned((inputs.args, dict(inputs.kwargs)))
+                _quietly(model, partial(model, *args, **kwargs))
             except Exception:  # it may be made for one size alone
                 continue
             break
@@ -151,7 +153,8 @@ class _Check:
         self.twin.training = module.training
         with torch.random.fork_rng(devices=()):
             try:
-                self.expected = [t.clone() for t in tensors_in(self.twin(*args, **kwargs))]
+                given, named = cloned((args, kwargs))
+                self.expected = [t.clone() for t in tensors_in(self.twin(*given, **named))]
             except Exception as error:  # whatever does not hold for other sizes
                 self.expected = first_line(error)
 
@@ -303,30 +306,7 @@ def _close(found: Tensor, expected: Tensor) -> bool:
 def _compare_pieces(model: nn.Module, tracer: Tracer, tracing: Tracing) -> str | None:
     """Return where a piece computes something else than its module does in a forward."""
     pieces = {t.piece: t for t in reversed(tracing.evaluations) if t.strange is None}
-    calls: dict[str, tuple[Inputs, list[Tensor]]] = {}
-
-    def note(path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if path not in calls:
-            calls[path] = (
-                Inputs(*mapped((args, dict(kwargs)), _own)),
-                [tensor.clone() for tensor in tensors_in(output)],
-            )
-
-    handles = [
-        model.get_submodule(path).register_forward_hook(
-            partial(note, path), with_kwargs=True, prepend=True
-        )
-        for path in pieces
-    ]
-    inputs = tracer.inputs
-    try:
-        _quietly(model, lambda: model(*inputs.args, **inputs.kwargs))
-    except Exception:  # with other weights it takes a way that fails
-        return None
-    finally:
-        for handle in handles:
-            handle.remove()
-    for path, (given, expected) in calls.items():
+    for path, (given, expected) in _first_calls(model, pieces, tracer.inputs).items():
         piece = model.get_submodule(path)
         try:
             runner = GraphRunner(model, pieces[path], keep=False)
@@ -339,5 +319,35 @@ def _compare_pieces(model: nn.Module, tracer: Tracer, tracing: Tracing) -> str |
     return None
 
 
-def _own(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+def _first_calls(
+    model: nn.Module, paths: Iterable[str], inputs: Inputs
+) -> dict[str, tuple[Inputs, list[Tensor]]]:
+    """Return what modules are given, and what they put out, when they are called first.
+
+    Nothing if the model does not run.
+    """
+    given: dict[str, Inputs] = {}
+    calls: dict[str, tuple[Inputs, list[Tensor]]] = {}
+
+    def before(path: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        if path not in given:
+            given[path] = Inputs(*cloned((args, dict(kwargs))))
+
+    def after(path: str, _module: nn.Module, _args: Any, output: Any) -> None:
+        if path not in calls:
+            calls[path] = given[path], [tensor.clone() for tensor in tensors_in(output)]
+
+    handles = []
+    for path in paths:
+        piece, seen = model.get_submodule(path), partial(before, path)
+        handles.append(piece.register_forward_pre_hook(seen, with_kwargs=True))
+        handles.append(piece.register_forward_hook(partial(after, path), prepend=True))
+    try:
+        args, kwargs = cloned((inputs.args, dict(inputs.kwargs)))
+        _quietly(model, partial(model, *args, **kwargs))
+    except Exception:  # with other weights it takes a way that fails
+        return {}
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls

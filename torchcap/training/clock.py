@@ -23,6 +23,7 @@ from torchcap.graph.rules import Rules
 from torchcap.graph.spaces import SpaceGraph
 from torchcap.graph.weights import layer_input, output_axis
 from torchcap.modes import outside_inference_mode
+from torchcap.nests import cloned
 from torchcap.plan.cost import cost
 from torchcap.plan.latency import EVEN, LatencyTable, LayerTimes, predict_latency
 from torchcap.plan.plan import Plan
@@ -113,6 +114,7 @@ def measure_latency(
     if any(p.is_meta for p in model.parameters()):
         raise ModelError("a model on the meta device takes no time; load its weights first")
     inputs = default_inputs(model) if example_inputs is None else as_inputs(example_inputs)
+    inputs = Inputs(*cloned((inputs.args, dict(inputs.kwargs))))  # a forward may write into them
     graph = Reader(leaves, rules, streams).proven(model, inputs.args or inputs.kwargs)
     narrow, uneven = Plan.uniform(graph, NARROW, multiple_of=EVEN), _uneven_plan(graph)
     folded = copied(model).eval()

@@ -25,7 +25,7 @@ from torchcap.graph.copies import running
 from torchcap.graph.inputs import Inputs, flattened
 from torchcap.graph.rules import find_operator
 from torchcap.graph.trace import GraphRunner, Traced
-from torchcap.nests import tensors_in
+from torchcap.nests import cloned, tensors_in
 
 Values = dict[fx.Node, Any]
 _VIEWS = {"move", "unchanged", "chunk", "split"}
@@ -49,7 +49,7 @@ class _Walker:
         """Run the nodes of the order from one of its places on."""
         if start == 0:
             self.interpreter.args_iter = iter(
-                flattened(self.model, Inputs(batch.args, batch.kwargs))
+                cloned(flattened(self.model, Inputs(batch.args, batch.kwargs)))
             )
         self.interpreter.env = values
         done = {self.nodes[index] for index in self.order[:start]}
@@ -334,7 +334,7 @@ def _check_replay(
     model: nn.Module, reading: Traced, batch: Batch, expected: Sequence[Tensor]
 ) -> None:
     """Raise a TraceError if the graph computes something else than the model."""
-    given = flattened(model, Inputs(batch.args, batch.kwargs))
+    given = cloned(flattened(model, Inputs(batch.args, batch.kwargs)))
     found = list(tensors_in(GraphRunner(model, reading).run(*given)))
     same = len(found) == len(expected) and all(
         f.shape == e.shape and torch.allclose(f, e, rtol=1e-3, atol=1e-4 * float(e.abs().max()))
