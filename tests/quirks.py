@@ -811,6 +811,28 @@ def shuffled_channels(m: Quirky, y: Tensor) -> Tensor:
 
 
 @quirk(free=True)
+def branch_on_a_size_far_below(m: Quirky, y: Tensor) -> Tensor:
+    return y * 2 if y.numel() * 4 > 2**31 or y.shape[1] > 1000 else y
+
+
+@quirk(free=False)
+def branch_on_enough_channels(m: Quirky, y: Tensor) -> Tensor:
+    return y * 2 if y.shape[1] >= 6 else y
+
+
+@quirk(free=True)
+def looks_at_its_kernel(m: Quirky, y: Tensor) -> Tensor:
+    pad = m.c.weight.shape[-1] // 2
+    return F.conv2d(y, m.c.weight, m.c.bias, padding=pad)
+
+
+@quirk(free=True)
+def views_that_drop_ones(m: Quirky, y: Tensor) -> Tensor:
+    gate = y.mean((2, 3), keepdim=True).permute(0, 2, 3, 1).reshape(y.shape[0], 1, y.shape[1])
+    return y * gate.sigmoid().view(y.shape[0], -1, 1, 1)
+
+
+@quirk(free=True)
 def pixel_shuffle(m: Quirky, y: Tensor) -> Tensor:
     return F.pixel_unshuffle(F.pixel_shuffle(y, 2), 2)
 

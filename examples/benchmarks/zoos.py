@@ -377,10 +377,11 @@ def _segmenters(hf: Any) -> Entries:
     }  # fmt: skip
 
 
-def _detr(hf: Any) -> dict[str, Any]:
+def _detr(hf: Any, first: int = 4) -> dict[str, Any]:
+    """Return the sizes of a DETR whose backbone gives the stages from the first on."""
     backbone = hf.ResNetConfig(
         embedding_size=16, hidden_sizes=WIDTHS, depths=[1, 1, 1, 1], layer_type="basic",
-        out_features=["stage4"],
+        out_features=[f"stage{number}" for number in range(first, 5)],
     )  # fmt: skip
     return {
         "use_timm_backbone": False,
@@ -421,7 +422,9 @@ def _detectors(hf: Any) -> Entries:
 
     return {
         "DETR": detr("DetrForObjectDetection"),
-        "DETRSegmenter": detr("DetrForSegmentation", encoder_attention_heads=8),
+        "DETRSegmenter": detr(
+            "DetrForSegmentation", **{**_detr(hf, 1), "encoder_attention_heads": 8}
+        ),
         "ConditionalDETR": detr("ConditionalDetrForObjectDetection"),
         "DeformableDETR": detr(
             "DeformableDetrForObjectDetection", num_feature_levels=2, disable_custom_kernels=True

@@ -31,6 +31,9 @@ ProductKey = tuple[str, int, int, int]
 UNKNOWN = -1
 """The space of channels that stand on no layer's axis."""
 
+_LONG = 4096
+"""Channels that stay anyway are put together up to this number."""
+
 
 @dataclass(frozen=True, slots=True)
 class Axis:
@@ -471,6 +474,10 @@ class _Resolution:
         )
 
     def _tie_pieces(self, pieces: Ids, reason: str) -> None:
+        cells = _unique(self.cell_of[pieces.ravel()])
+        stay = all(cell == UNKNOWN or self.reasons[cell] is not None for cell in cells)
+        if stay and pieces.size > _LONG:
+            return
         rows = [self._runs(row, reason) for row in pieces]
         if not all(rows) or any(run.space == UNKNOWN for row in rows for run in row):
             self._fix(_unique(self.cell_of[pieces.ravel()]), reason)

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import random
 import types
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
@@ -266,15 +267,17 @@ def _named_containers(model: nn.Module) -> list[Any]:
     for module in model.modules():
         named += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         named += [v for v in vars(module).values() if callable(v) and not isinstance(v, type)]
+    found: dict[int, Any] = {}
     for kind in {type(module) for module in model.modules()}:
         named += _methods(kind)
+        held = [value for base in kind.__mro__ for value in vars(base).values()]
+        found |= {id(value): value for value in held if isinstance(value, _KEPT)}
     functions = {inner for value in named if (inner := _function_of(value)) is not None}
-    found: dict[int, Any] = {}
     for function in functions:
         for code in _codes(function.__code__):
             for name in code.co_names:
                 value = function.__globals__.get(name)
-                if isinstance(value, dict | list | set | deque):
+                if isinstance(value, _KEPT):
                     found[id(value)] = value
     return list(found.values())
 
@@ -337,17 +340,26 @@ def _restore_(container: Any, before: list[Any]) -> None:
 
 
 _CONTAINERS: tuple[Any, ...] = (list, set, deque)
+_KEPT = (dict, *_CONTAINERS)
 
 
-def forget_(tensors: list[Tensor]) -> None:
-    """Drop tensors out of caches of functions (``functools.lru_cache``) that hold on to them."""
-    for tensor in tensors:
-        for holder in gc.get_referrers(tensor):
-            clear = getattr(holder, "cache_clear", None)
-            if callable(clear):
-                clear()
-                continue
-            for outer in gc.get_referrers(holder) if isinstance(holder, tuple) else ():
-                clear = getattr(outer, "cache_clear", None)
-                if callable(clear):
-                    clear()
+def forget_(tensors: Iterable[Tensor]) -> None:
+    """Clear the caches of functions (``functools.lru_cache``) that hold some of the tensors."""
+    wanted = {id(tensor) for tensor in tensors}
+    for cache in gc.get_objects() if wanted else ():
+        if type(cache) is _CACHE and cache.cache_info().currsize and _reaches(cache, wanted):
+            cache.cache_clear()
+
+
+_CACHE = type(functools.lru_cache(forget_))
+
+
+def _reaches(holder: Any, wanted: set[int], depth: int = 5) -> bool:
+    """Whether some objects are held by one, or by the containers that it holds."""
+    for held in gc.get_referents(holder):
+        if id(held) in wanted:
+            return True
+        inner = isinstance(held, dict | list | tuple | set) or "lru_list" in type(held).__name__
+        if depth and inner and _reaches(held, wanted, depth - 1):
+            return True
+    return False

@@ -336,13 +336,20 @@ class Tracer:
                     output = recorder.run_forward(args, kwargs, given)
                 _note_stored(recorder, list(tensors_in(output)))
                 return
-            with fake:
-                faked = partial(_fake, fake)
-                args, kwargs = mapped((inputs.args, dict(inputs.kwargs)), faked)
-                given = arranged(self.model, Inputs(args, kwargs))
-                fake.recorder = recorder
-                output = recorder.run_forward(args, kwargs, given)
+            try:
+                output = self._on_fakes(recorder, fake, inputs)
+            except Exception:
+                forget_(tensor for _, tensor in _alive(recorder))
+                raise
             _note_stored(recorder, list(tensors_in(output)))
+
+    def _on_fakes(self, recorder: Recorder, fake: SeenByFakes, inputs: Inputs) -> Any:
+        with fake:
+            faked = partial(_fake, fake)
+            args, kwargs = mapped((inputs.args, dict(inputs.kwargs)), faked)
+            given = arranged(self.model, Inputs(args, kwargs))
+            fake.recorder = recorder
+            return recorder.run_forward(args, kwargs, given)
 
 
 def is_builtin_leaf(module: nn.Module) -> bool:
@@ -458,26 +465,24 @@ def _note_stored(recorder: Recorder, outputs: Sequence[Tensor]) -> None:
     A module, a hook or a closure has stored them, for somebody who will read them.
     """
     returned = {id(tensor) for tensor in outputs}
-
-    def stored() -> list[tuple[Entry, Tensor]]:
-        return [
-            (entry, tensor)
-            for builder in recorder.record.builders
-            for entry in builder.entries.values()
-            if entry.node.op not in {"placeholder", "get_attr"}
-            and (tensor := entry.reference()) is not None
-            and id(tensor) not in returned
-        ]
-
-    if not stored():
+    if not any(id(tensor) not in returned for _, tensor in _alive(recorder)):
         return
     gc.collect()  # what stands in a cycle is not stored, it only has not gone yet
-    found = stored()
+    found = [(entry, tensor) for entry, tensor in _alive(recorder) if id(tensor) not in returned]
     places = _storages(recorder.model)
     for entry, tensor in found:
         where = places.get(id(tensor), "by a hook or a closure")
         entry.builder.kept.setdefault(entry.at(), f"kept after the forward, {where}")
-    forget_([tensor for _, tensor in found])
+    forget_(tensor for _, tensor in found)
+
+
+def _alive(recorder: Recorder) -> Iterator[tuple[Entry, Tensor]]:
+    """Yield what a forward has computed, and somebody still holds."""
+    for builder in recorder.record.builders:
+        for entry in builder.entries.values():
+            tensor = entry.reference()
+            if tensor is not None and entry.node.op not in {"placeholder", "get_attr"}:
+                yield entry, tensor
 
 
 def _storages(model: nn.Module) -> dict[int, str]:
