@@ -34,6 +34,11 @@ from torchcap.graph.spaces import Port as Port
 from torchcap.graph.spaces import SpaceGraph as SpaceGraph
 from torchcap.graph.values import Call as Call
 from torchcap.graph.values import Channels as Channels
+from torchcap.graph.values import Extent as Extent
+from torchcap.graph.values import Heads as Heads
+from torchcap.graph.values import Opaque as Opaque
+from torchcap.graph.values import Operator as Operator
+from torchcap.graph.values import Setting as Setting
 from torchcap.pipeline import compress as compress
 from torchcap.pipeline import prepare as prepare
 from torchcap.plan.allocate import allocate as allocate
