@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 
 from torchcap.graph.calls import written_by
 from torchcap.graph.copies import HOOKS
-from torchcap.graph.recorder import UNUSED, Frame
+from torchcap.graph.records import UNUSED, Frame
 from torchcap.graph.sizes import Place
 from torchcap.graph.trace import Traced, holds
 from torchcap.nests import leaves_of

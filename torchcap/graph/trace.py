@@ -31,20 +31,8 @@ from torchcap.errors import ExampleInputsError, TraceError
 from torchcap.graph.calls import written_by
 from torchcap.graph.copies import HOOKS, forget_, set_mode, shadow, undisturbed
 from torchcap.graph.inputs import ExampleInputs, Inputs, arranged, as_inputs, default_inputs
-from torchcap.graph.recorder import (
-    Branch,
-    Builder,
-    Dimension,
-    Entry,
-    Frame,
-    LeafRule,
-    Record,
-    Recorder,
-    Run,
-    Seen,
-    SeenByDispatch,
-    SeenByFakes,
-)
+from torchcap.graph.recorder import LeafRule, Recorder, SeenByDispatch, SeenByFakes
+from torchcap.graph.records import Branch, Builder, Dimension, Entry, Frame, Record, Run, Seen
 from torchcap.graph.sizes import Place, attribute_sizes, put_sizes_
 from torchcap.graph.stand_ins import SHAPES, TRANSFORMERS, plain_transformers
 from torchcap.nests import mapped, tensors_in
