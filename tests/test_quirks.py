@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from proofs import (
     identity_error,
     permutation_error,
@@ -70,3 +72,15 @@ def test_odd_code_is_compressed_or_left_alone(kind: str) -> None:
     expected = QUIRKS[kind].free
     if expected is not None:
         assert ("quirks.0.a" in free) == expected
+
+
+@settings(
+    deadline=None,
+    print_blob=True,
+    max_examples=settings.default.max_examples * 2 // 5,  # 500 in the nightly profile
+    suppress_health_check=[HealthCheck.too_slow],
+)
+@given(st.lists(st.sampled_from(sorted(QUIRKS)), min_size=2, max_size=3))
+def test_odd_code_in_a_row(kinds: list[str]) -> None:
+    """Whatever stands beside it, nothing is wrong, and nothing crashes."""
+    check(built(*kinds))
