@@ -832,6 +832,34 @@ def views_that_drop_ones(m: Quirky, y: Tensor) -> Tensor:
     return y * gate.sigmoid().view(y.shape[0], -1, 1, 1)
 
 
+@functools.lru_cache
+def ones(height: int, width: int) -> Tensor:
+    return torch.ones(height, width, dtype=torch.float64)
+
+
+@quirk(free=True)
+def caches_a_table_and_may_refuse(m: Quirky, y: Tensor) -> Tensor:
+    table = ones(y.shape[2], y.shape[3])
+    if y.shape[2] > 1000:
+        raise ValueError("the image is too large")
+    return y * table
+
+
+@quirk(free=True)
+def writes_into_its_input(m: Quirky, y: Tensor) -> Tensor:
+    return m.c(y.mul_(0.5))
+
+
+def returns_a_default(m: Quirky) -> None:
+    nothing = None
+    m.gate = lambda y, scale=None: y if scale is nothing else y * scale
+
+
+@quirk(setup=returns_a_default, free=True)
+def encloses_none(m: Quirky, y: Tensor) -> Tensor:
+    return m.norm(m.gate(m.c(y)))
+
+
 @quirk(free=True)
 def pixel_shuffle(m: Quirky, y: Tensor) -> Tensor:
     return F.pixel_unshuffle(F.pixel_shuffle(y, 2), 2)

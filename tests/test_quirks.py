@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -39,10 +43,24 @@ def built(*kinds: str) -> nn.Module:
     return model
 
 
+def surroundings() -> tuple[Any, ...]:
+    """Return what a call must leave as it was, outside of the model."""
+    numbers = np.random.get_state()  # noqa: NPY002 - what users seed
+    return (
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        (numbers[0], numbers[1].tolist(), *numbers[2:]),
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+    )
+
+
 def check(model: nn.Module) -> set[str]:
     """Check everything that holds of any model, and return the names of its free spaces."""
-    before, kept = fingerprint(model), list(GLOBAL)
+    before, kept, around = fingerprint(model), list(GLOBAL), surroundings()
     graph = analyze(model, image())
+    assert surroundings() == around
     assert fingerprint(model) == before
     assert [id(t) for t in kept] == [id(t) for t in GLOBAL]
     if not graph.free:
@@ -53,7 +71,9 @@ def check(model: nn.Module) -> set[str]:
         assert permutation_error(model, graph.free, inputs) <= 1e-9
     assert identity_error(model, (image(),)) <= 1e-12
     plan = random_plan(graph, 0)
+    around = surroundings()
     student = random_student(model, plan, (image(),))
+    assert surroundings() == around
     assert fingerprint(model) == before
     small = materialize(student)
     for inputs in INPUTS:
