@@ -346,20 +346,30 @@ _KEPT = (dict, *_CONTAINERS)
 def forget_(tensors: Iterable[Tensor]) -> None:
     """Clear the caches of functions (``functools.lru_cache``) that hold some of the tensors."""
     wanted = {id(tensor) for tensor in tensors}
-    for cache in gc.get_objects() if wanted else ():
-        if type(cache) is _CACHE and cache.cache_info().currsize and _reaches(cache, wanted):
+    if wanted:
+        _clear_caches(lambda held: id(held) in wanted)
+
+
+def forget_all_() -> None:
+    """Clear the caches of functions that hold tensors: a recording shall see these being made."""
+    _clear_caches(lambda held: issubclass(type(held), Tensor))
+
+
+def _clear_caches(is_meant: Callable[[Any], bool]) -> None:
+    for cache in gc.get_objects():
+        if type(cache) is _CACHE and cache.cache_info().currsize and _reaches(cache, is_meant):
             cache.cache_clear()
 
 
 _CACHE = type(functools.lru_cache(forget_))
 
 
-def _reaches(holder: Any, wanted: set[int], depth: int = 5) -> bool:
-    """Whether some objects are held by one, or by the containers that it holds."""
+def _reaches(holder: Any, is_meant: Callable[[Any], bool], depth: int = 5) -> bool:
+    """Whether something is held by an object, or by the containers that it holds."""
     for held in gc.get_referents(holder):
-        if id(held) in wanted:
+        if is_meant(held):
             return True
         inner = isinstance(held, dict | list | tuple | set) or "lru_list" in type(held).__name__
-        if depth and inner and _reaches(held, wanted, depth - 1):
+        if depth and inner and _reaches(held, is_meant, depth - 1):
             return True
     return False

@@ -29,7 +29,7 @@ from torch.nn import DataParallel
 
 from torchcap.errors import ExampleInputsError, TraceError
 from torchcap.graph.calls import written_by
-from torchcap.graph.copies import HOOKS, forget_, set_mode, shadow, undisturbed
+from torchcap.graph.copies import HOOKS, forget_, forget_all_, set_mode, shadow, undisturbed
 from torchcap.graph.inputs import ExampleInputs, Inputs, arranged, as_inputs, default_inputs
 from torchcap.graph.recorder import LeafRule, Recorder, SeenByDispatch, SeenByFakes
 from torchcap.graph.records import Branch, Builder, Dimension, Entry, Frame, Record, Run, Seen
@@ -189,6 +189,7 @@ class Tracer:
             ModelError: if the model cannot be copied.
             ExampleInputsError: if the model does not run on the example inputs.
         """
+        forget_all_()
         found = self._evaluation()
         graphs, record = _different(found.graphs), found.record
         alone = False
