@@ -845,6 +845,37 @@ def caches_a_table_and_may_refuse(m: Quirky, y: Tensor) -> Tensor:
     return y * table
 
 
+TABLES: dict[Any, Tensor] = {}
+
+
+def table(height: int, width: int, tables: dict[Any, Tensor] = TABLES) -> Tensor:
+    if (height, width) not in tables:
+        tables[height, width] = torch.ones(height, width, dtype=torch.float64)
+    return tables[height, width]
+
+
+class Keeper:
+    """Keeps what it has made, in an attribute that it gets when it is called first."""
+
+    def __call__(self, height: int, width: int) -> Tensor:
+        if not hasattr(self, "made"):
+            self.made = {}
+        return self.made.setdefault((height, width), table(height, width))
+
+
+KEEPER = Keeper()
+
+
+@quirk()
+def tables_that_a_helper_keeps(m: Quirky, y: Tensor) -> Tensor:
+    return y * table(y.shape[2], y.shape[3])
+
+
+@quirk()
+def tables_that_an_object_keeps(m: Quirky, y: Tensor) -> Tensor:
+    return y * KEEPER(y.shape[2], y.shape[3])
+
+
 @quirk(free=True)
 def writes_into_its_input(m: Quirky, y: Tensor) -> Tensor:
     return m.c(y.mul_(0.5))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +87,43 @@ class Looking(Attention):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
         return y * 2 if x.shape[1] > TOKENS + 1 else y
+
+
+class AsksForDtype(Attention):
+    """Makes a mask in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + torch.zeros(x.shape[1], 1, dtype=x.dtype))
+
+
+class Drops(Attention):
+    """Draws from Python's generator whether to do anything."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if random.random() < 0 else super().forward(x)
+
+
+class AsksForGradients(Attention):
+    """Does something else where gradients are on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if not torch.is_grad_enabled() else x
+
+
+class Frozen(Attention):
+    """Gives no gradients."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return super().forward(x)
+
+
+class Graphic(Attention):
+    """Has an attribute that every graph module has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graph = "of a place"
 
 
 class Parts(nn.Module):
@@ -266,6 +304,11 @@ def patched() -> nn.Module:
         (Keeping, r"is kept after the forward, as block\.seen"),
         (Writing, "writes into"),
         (Looking, "differs from call to call"),
+        (AsksForDtype, "it asks for a dtype"),
+        (Drops, "it draws random numbers of Python's"),
+        (AsksForGradients, "it asks whether gradients are on"),
+        (Frozen, "gradients are on|turns gradients on or off"),
+        (Graphic, "'graph' has the name of one of a GraphModule"),
     ],
 )
 def test_a_forward_that_cannot_be_rewritten_stays_and_says_why(
@@ -331,6 +374,20 @@ def test_a_file_of_a_model_with_rewritten_forwards(tmp_path: Path) -> None:
     assert type(fresh.block) is Attention
     with pytest.raises(FileError, match=r"holds another model"):
         load(path, net(Looking), example_inputs=tokens())
+
+
+def test_a_copy_of_a_student_has_its_losses() -> None:
+    student = prepare(net(Attention), ratio=0.5, example_inputs=tokens())
+    twin = copy.deepcopy(student).train()
+    twin(tokens())
+    assert torchcap.reconstruction_loss(twin).item() > 0
+
+
+def test_hooks_of_graph_modules_stay() -> None:
+    model = fx.symbolic_trace(nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, 4)))
+    model.double().register_forward_hook(lambda module, args, output: 2 * output)
+    student = prepare(model, ratio=1.0, example_inputs=tokens())
+    assert relative_difference(student(tokens()), model(tokens())) <= 1e-12
 
 
 def test_a_student_with_rewritten_forwards_comes_back(tmp_path: Path) -> None:

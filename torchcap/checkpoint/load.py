@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torchcap.checkpoint.structure import fit_, misfit, put_, skeleton, tensors_
 from torchcap.digest import digest
 from torchcap.errors import FileError
 from torchcap.graph.analyze import Reader, analyze
-from torchcap.graph.copies import shadow
+from torchcap.graph.copies import hand_over_, shadow
 from torchcap.graph.inputs import ExampleInputs
 from torchcap.graph.rules import Rules
 from torchcap.modes import outside_inference_mode
@@ -83,12 +83,16 @@ def load(
     if contents.teacher is not None:
         fresh = _prepared(path, contents, model, example_inputs, leaves, rules)
     else:
-        fresh = _rebuilt(path, contents) if model is None else skeleton(model)
-        rewrite_like_(fresh, contents, example_inputs, Reader(leaves, rules))
-        fit_(fresh, contents, tensors)
+        reader = Reader(leaves, rules)
+        fresh = _fitted(path, contents, tensors, model, example_inputs, reader)
+        if misfit(fresh, contents, tensors):
+            reader = Reader(leaves, rules, streams=True)
+            fresh = _fitted(path, contents, tensors, model, example_inputs, reader)
     if reason := misfit(fresh, contents, tensors):
         raise FileError(f"{str(path)!r} holds another model:\n{reason}\n{_versions(contents)}")
     put_(fresh, contents, tensors, _device(model))
+    if model is not None and contents.teacher is None:
+        hand_over_(fresh, model)
     if model is None:
         set_images_(fresh, contents.images)
     return fresh.eval()
@@ -101,6 +105,21 @@ def describe(path: Path | str) -> Contents:
         FileError: if the file cannot be read, is damaged, or of a newer version.
     """
     return read(Path(path))[0]
+
+
+def _fitted(
+    path: Path,
+    contents: Contents,
+    tensors: Mapping[str, Tensor],
+    model: nn.Module | None,
+    example_inputs: ExampleInputs | None,
+    reader: Reader,
+) -> nn.Module:
+    """Return a fresh model, on the meta device, as small as the one in the file."""
+    fresh = _rebuilt(path, contents) if model is None else skeleton(model)
+    rewrite_like_(fresh, contents, example_inputs, reader)
+    fit_(fresh, contents, tensors)
+    return fresh
 
 
 def _rebuilt(path: Path, contents: Contents) -> nn.Module:

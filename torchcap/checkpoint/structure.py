@@ -7,7 +7,6 @@ model is taken through these, and must then be what the file describes, in every
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -16,9 +15,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from torchcap.checkpoint.contents import Attribute, Contents, Layer, is_plain
-from torchcap.errors import FileError
+from torchcap.errors import FileError, ModelError
+from torchcap.graph.copies import copied
 from torchcap.graph.rules import BATCH_NORMS, STANDARDIZED
 from torchcap.graph.weights import output_axis
+from torchcap.nests import tensors_in
 from torchcap.transform.fold import plain_convolution, remainder, replace_
 from torchcap.transform.materialize import erase_identities_
 from torchcap.transform.split import SplitAttention
@@ -81,12 +82,9 @@ def skeleton(model: nn.Module) -> nn.Module:
         parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
     try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:  # whatever a user's class cannot copy
-        raise FileError(
-            f"{type(model).__name__!r} cannot be copied ({type(error).__name__}: {error}); "
-            "copy.deepcopy(model) has to work"
-        ) from error
+        return copied(model, memo)
+    except ModelError as error:
+        raise FileError(str(error)) from error
 
 
 def fit_(fresh: nn.Module, contents: Contents, tensors: Mapping[str, Tensor]) -> None:
@@ -189,9 +187,17 @@ def _attributes(module: nn.Module) -> dict[str, Attribute]:
             continue
         if is_plain(value):
             found[name] = value
+        elif _is_kept(value):
+            continue
         elif not isinstance(value, Tensor | nn.Module | fx.Graph | None):
             found[name] = _in_words(value)
     return found
+
+
+def _is_kept(value: Any) -> bool:
+    """Whether a value is a container that forwards or hooks fill with tensors, or may."""
+    container = isinstance(value, dict | list | set)
+    return container and (not value or next(tensors_in(value), None) is not None)
 
 
 def _in_words(value: Any, depth: int = 4) -> str:

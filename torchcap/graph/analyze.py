@@ -298,7 +298,7 @@ def _rewritten(
         for path, numbers in opened.by_module().items():
             if used.intersection(number.place for number in numbers):
                 try:
-                    found.append(rewriting_of(path, numbers, tracing.graphs))
+                    found.append(rewriting_of(path, numbers, tracing.graphs, tracing.moods))
                 except Refusal as refusal:
                     refused[path] = str(refusal)
         if not refused:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedParameter
 
 from torchcap.errors import ModelError
@@ -62,6 +62,11 @@ def copied(model: M, memo: dict[int, Any] | None = None) -> M:
             "copy.deepcopy(model) has to work: replace torch.nn.utils.weight_norm by "
             "torch.nn.utils.parametrizations.weight_norm, for one"
         ) from error
+    for module in model.modules():
+        other = memo.get(id(module))
+        if isinstance(module, fx.GraphModule) and isinstance(other, nn.Module):
+            for name in HOOKS:  # their copies have none
+                getattr(other, name).update(getattr(module, name))
     _copy_functions_(model, memo)
     return twin
 
@@ -245,6 +250,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     python, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002 - what users seed
     dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
+    strict, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     kept = [(container, _entries(container)) for container in _named_containers(model)]
     cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     devices = list(range(torch.cuda.device_count())) if cuda else []
@@ -257,48 +263,97 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             if torch.get_default_dtype() != dtype:
                 torch.set_default_dtype(dtype)
             torch.set_grad_enabled(grad)
+            if torch.are_deterministic_algorithms_enabled() != strict:
+                torch.use_deterministic_algorithms(strict)
+            torch.backends.cudnn.benchmark = benchmark
             for container, before in kept:
                 _restore_(container, before)
 
 
 def _named_containers(model: nn.Module) -> list[Any]:
-    """Return the containers of modules' global names that functions of a model mention."""
-    named: list[Any] = []
+    """Return the containers that functions of a model reach, by names, cells, defaults or objects.
+
+    What libraries hold is left out, and of what is reached only so much is looked at.
+    """
+    waiting: deque[Any] = deque()
     for module in model.modules():
-        named += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        named += [v for v in vars(module).values() if callable(v) and not isinstance(v, type)]
+        waiting += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        waiting += [v for v in vars(module).values() if callable(v) and not isinstance(v, type)]
+    waiting += {type(module): None for module in model.modules()}
     found: dict[int, Any] = {}
-    for kind in {type(module) for module in model.modules()}:
-        named += _methods(kind)
-        held = [value for base in kind.__mro__ for value in vars(base).values()]
-        found |= {id(value): value for value in held if isinstance(value, _KEPT)}
-    functions = {inner for value in named if (inner := _function_of(value)) is not None}
-    for function in functions:
-        for code in _codes(function.__code__):
-            for name in code.co_names:
-                value = function.__globals__.get(name)
-                if isinstance(value, _KEPT):
-                    found[id(value)] = value
+    seen = {id(module) for module in model.modules()}
+    while waiting and len(seen) < _MOST_SEEN:
+        value = waiting.popleft()
+        if id(value) in seen or isinstance(value, _PLAIN):
+            continue
+        seen.add(id(value))
+        if isinstance(value, _KEPT):
+            found[id(value)] = value
+        elif isinstance(getattr(value, "__dict__", None), dict) and not _is_library(value):
+            found[id(value.__dict__)] = value.__dict__  # attributes of functions and objects
+        waiting += _within(value)
     return list(found.values())
 
 
-def _methods(kind: type) -> list[Any]:
-    """Return the methods that a user's class defines; torch's own keep nothing."""
-    return [
-        value
-        for base in kind.__mro__
-        if not base.__module__.startswith(("torch.", "builtins"))
-        for value in vars(base).values()
-        if isinstance(value, types.FunctionType)
-    ]
+_MOST_SEEN = 5000
+_PLAIN = (str, bytes, int, float, complex, bool, type(None), Tensor, nn.Module, types.ModuleType)
+_LIBRARIES = (
+    "torch",
+    "torchcap",
+    "torchvision",
+    "timm",
+    "numpy",
+    "einops",
+    "builtins",
+    "collections",
+    "abc",
+)
 
 
-def _function_of(value: Any) -> types.FunctionType | None:
-    while isinstance(value, types.MethodType | partial):
-        value = value.__func__ if isinstance(value, types.MethodType) else value.func
-    if not isinstance(value, types.FunctionType) and not isinstance(value, nn.Module):
-        value = getattr(type(value), "__call__", None)  # noqa: B004  # the function, not whether
-    return value if isinstance(value, types.FunctionType) else None
+def _within(value: Any) -> list[Any]:
+    """Return what functions may reach through a value, if it is a user's own."""
+    found: list[Any] = []
+    if isinstance(value, dict | list | tuple | set | deque):
+        items = dict.values(value) if isinstance(value, dict) else value
+        found = list(items) if len(value) < _MOST_SEEN else []
+    elif isinstance(value, types.MethodType):
+        found = [value.__func__, value.__self__]
+    elif isinstance(value, partial):
+        found = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, types.FunctionType):
+        found = [] if _of_a_library(value.__module__) else _reached_by(value)
+    elif isinstance(value, type):
+        own = [vars(base).values() for base in value.__mro__ if not _of_a_library(base.__module__)]
+        found = [item for values in own for item in values]
+    elif not _of_a_library(type(value).__module__):
+        found = [type(value), *getattr(value, "__dict__", {}).values()]
+    else:
+        found = [getattr(value, "__wrapped__", None)]  # a function that functools has wrapped
+    return found
+
+
+def _is_library(value: Any) -> bool:
+    is_function = isinstance(value, types.FunctionType)
+    return _of_a_library(value.__module__ if is_function else type(value).__module__)
+
+
+def _of_a_library(name: str | None) -> bool:
+    return (name or "").partition(".")[0] in _LIBRARIES
+
+
+def _reached_by(function: types.FunctionType) -> list[Any]:
+    """Return what a function encloses, has as defaults, and names."""
+    cells = []
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # a cell that is empty
+            cells.append(cell.cell_contents)
+    names = [name for code in _codes(function.__code__) for name in code.co_names]
+    spaces = [function.__globals__]
+    spaces += [vars(v) for n in names if isinstance(v := spaces[0].get(n), types.ModuleType)]
+    own = [space for space in spaces if not _of_a_library(space.get("__name__"))]
+    named = [space[name] for space in own for name in names if name in space]
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    return [*cells, *named, *defaults, *vars(function).values()]
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

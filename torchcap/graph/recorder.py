@@ -15,6 +15,7 @@ import builtins
 import contextlib
 import math
 import operator
+import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -22,6 +23,7 @@ from functools import partial, update_wrapper
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import (
@@ -181,6 +183,7 @@ class Recorder(TorchFunctionMode):
         """Note which attributes forwards read, and let some functions keep origins, for a while."""
         math.sqrt = _square_root
         builtins.len = self._length
+        torch.is_grad_enabled = self._grad_enabled
         nn.Module.__getattribute__ = self._getter()  # type: ignore[method-assign, assignment]
         try:
             yield
@@ -188,6 +191,7 @@ class Recorder(TorchFunctionMode):
             del nn.Module.__getattribute__
             math.sqrt = _SQUARE_ROOT
             builtins.len = _LENGTH
+            torch.is_grad_enabled = _GRAD_ENABLED
 
     def _length(self, value: Any) -> int:
         """Return the length of anything; that of a tensor knows its origin."""
@@ -269,7 +273,10 @@ class Recorder(TorchFunctionMode):
             if path in self.unread or id(module) in self.leaves:
                 output = self._run_whole(path, module, forward, args, kwargs)
             else:
+                drawn = _random_state()
                 output = self._within(path, forward, args, kwargs)
+                if drawn != _random_state():
+                    self.record.moods.setdefault(path, "it draws random numbers of Python's")
                 if builder is not None and begun is not None:
                     given, before = begun
                     frame = Frame(path, given, builder.noted(output), before, builder.last())
@@ -344,13 +351,26 @@ class Recorder(TorchFunctionMode):
         if self.busy:
             return func(*args, **kwargs)
         name = func.__name__
+        if name in _MOODS:
+            self._note_mood(_MOODS[name])
         if name == "__get__":
+            self._note_mood(_MOODS.get(func.__self__.__name__))
             return self._attribute(func, func.__self__.__name__, args[0])
         if name in SIZES and isinstance(args[0] if args else None, Tensor):
             return self._size(name, *args, **kwargs)
         if name in SHOW_NOTHING:
             return func(*mapped(args, true_value), **mapped(kwargs, true_value))
         return self._run_function(func, args, kwargs)
+
+    def _note_mood(self, what: str | None) -> None:
+        if what is not None:
+            self.record.moods.setdefault(self.here, what)
+
+    def _grad_enabled(self) -> bool:
+        """Return whether gradients are on, and note that somebody asks."""
+        if not self.busy:
+            self._note_mood("it asks whether gradients are on")
+        return _GRAD_ENABLED()
 
     def _run_function(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         place = here()
@@ -623,6 +643,26 @@ class SeenByDispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 _SQUARE_ROOT = math.sqrt
 _LENGTH = len
+_GRAD_ENABLED = torch.is_grad_enabled
+_MOODS = {
+    "dtype": "it asks for a dtype",
+    "device": "it asks for a device",
+    "is_cuda": "it asks for a device",
+    "requires_grad": "it asks for gradients",
+    "get_device": "it asks for a device",
+    "type": "it asks for a dtype",
+    "element_size": "it asks for a dtype",
+    "is_floating_point": "it asks for a dtype",
+    "_set_grad_enabled": "it turns gradients on or off",
+    "_enter_autocast": "it changes the precision",
+}
+"""Functions and attributes that show or change what stands in no graph."""
+
+
+def _random_state() -> int:
+    """Return a number that changes when somebody draws from Python's or NumPy's generator."""
+    numbers: Any = np.random.get_state()  # noqa: NPY002 - what users draw from
+    return hash((random.getstate(), numbers[1].tobytes(), numbers[2:]))
 
 
 def _square_root(number: Any) -> Any:

@@ -257,6 +257,8 @@ class Record:
         ran: the calls of all modules; tensors are :class:`Seen`.
         values: where forwards have looked at values.
         branches: the comparisons of sizes, in order.
+        moods: module -> what its forward depends on or changes that stands in no graph (a dtype, a
+            device, whether gradients are on, Python's random numbers).
         dimensions: the sizes that were read from tensors.
         reads: attribute of a module -> the modules that were running when it was read.
         callers: module -> the modules that were running when it was called.
@@ -268,6 +270,7 @@ class Record:
     ran: list[Run] = field(default_factory=list)
     values: list[ValueRead] = field(default_factory=list)
     branches: list[Branch] = field(default_factory=list)
+    moods: dict[str, str] = field(default_factory=dict)
     dimensions: list[Dimension] = field(default_factory=list)
     reads: dict[Place, set[str]] = field(default_factory=dict)
     callers: dict[str, set[str]] = field(default_factory=dict)

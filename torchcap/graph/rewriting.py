@@ -84,7 +84,14 @@ class Rewriting:
                 vars(twin.get_submodule(owner)).setdefault(name, node.meta["val"])
         named = {str(node.target) for node in twin.graph.find_nodes(op="get_attr")}
         twin.meta[_KEPT] = {name: value for name, value in plain.items() if name not in named}
+        keep_hooks_(twin)
         return twin
+
+
+def keep_hooks_(module: nn.Module) -> None:
+    """Let copies of a rewritten module have its hooks, those too that it gets from now on."""
+    meta: Any = module.meta
+    meta[_KEPT] |= {name: getattr(module, name) for name in HOOKS}
 
 
 _KEPT = "_user_preserved_attributes"
@@ -229,21 +236,21 @@ class Refusal(Exception):  # noqa: N818 - it is no error
     """Why a part of a recording cannot be the forward of its module."""
 
 
-def rewriting_of(path: str, numbers: Sequence[Number], graphs: Sequence[Traced]) -> Rewriting:
+def rewriting_of(
+    path: str, numbers: Sequence[Number], graphs: Sequence[Traced], moods: Mapping[str, str]
+) -> Rewriting:
     """Return what a module's forward becomes.
 
     Args:
         path: qualified name of the module.
         numbers: of its forward, that are attributes in the graphs.
         graphs: all recordings of the model.
+        moods: module -> what its forward depends on or changes that stands in no graph.
 
     Raises:
         Refusal: if it cannot be rewritten.
     """
-    model = graphs[0].model
-    for name, module in model.get_submodule(path).named_modules(prefix=path):
-        if any(getattr(module, held) for held in HOOKS):
-            raise Refusal(f"{name!r} has hooks")
+    _check_module(graphs[0].model, path, moods)
     bodies: dict[str, list[fx.Graph]] = {"eval": [], "train": []}
     for traced in graphs:
         for frame in traced.frames:
@@ -257,6 +264,25 @@ def rewriting_of(path: str, numbers: Sequence[Number], graphs: Sequence[Traced])
         _unify_(graph, other, training=True)
     graph.lint()
     return Rewriting(path, tuple(numbers), graph, graph.python_code("self").src)
+
+
+def _check_module(model: nn.Module, path: str, moods: Mapping[str, str]) -> None:
+    """Refuse a module with hooks, or whose forward does what stands in no graph."""
+    for name, module in model.get_submodule(path).named_modules(prefix=path):
+        if any(getattr(module, held) for held in HOOKS):
+            raise Refusal(f"{name!r} has hooks")
+        if name in moods:
+            where = "" if name == path else f", in {name!r}"
+            raise Refusal(moods[name] + where)
+    taken = (_OF_GRAPHS & vars(model.get_submodule(path)).keys()) - vars(nn.Module()).keys()
+    if taken:
+        raise Refusal(f"its attribute {min(taken)!r} has the name of one of a GraphModule")
+
+
+_OF_GRAPHS = frozenset(
+    {*dir(fx.GraphModule), *vars(fx.GraphModule(nn.Module(), fx.Graph()))} - {"forward"}
+)
+"""Names that a ``GraphModule`` has for itself."""
 
 
 class _Body:

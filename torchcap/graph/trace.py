@@ -111,6 +111,7 @@ class Tracing:
         past: module -> why it is not changed: something goes past the forwards that were read.
         unread: modules whose forward is not read -> why.
         branches: the comparisons of sizes that a forward may branch on.
+        moods: module -> what its forward depends on or changes that stands in no graph.
         dimensions: the sizes that were read from tensors in evaluation mode.
         alone: whether the training mode could not be read.
     """
@@ -121,6 +122,7 @@ class Tracing:
     past: Mapping[str, str] = field(default_factory=dict)
     unread: Mapping[str, str] = field(default_factory=dict)
     branches: Sequence[Branch] = ()
+    moods: Mapping[str, str] = field(default_factory=dict)
     dimensions: Sequence[Dimension] = ()
     alone: bool = False
 
@@ -192,10 +194,13 @@ class Tracer:
         forget_all_()
         found = self._evaluation()
         graphs, record = _different(found.graphs), found.record
+        moods = dict(record.moods)
         alone = False
         if record.modal:
             try:
-                graphs = _different([*graphs, *self._training().graphs])
+                training = self._training()
+                graphs = _different([*graphs, *training.graphs])
+                moods |= training.record.moods
             except ExampleInputsError:  # it may want labels, or a larger batch
                 alone = True
         if not graphs:
@@ -211,6 +216,7 @@ class Tracer:
             record.outside,
             dict(self.unread),
             record.branches,
+            moods,
             record.dimensions,
             alone,
         )

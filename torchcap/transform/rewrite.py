@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from torch import fx, nn
 
+from torchcap.graph.rewriting import keep_hooks_
 from torchcap.graph.spaces import SpaceGraph
 from torchcap.transform.fold import replace_
 
@@ -46,3 +47,4 @@ def rewrite_forwards_(model: nn.Module, graph: SpaceGraph, paths: Collection[str
             module = model.get_submodule(rewriting.module)
             if not isinstance(module, fx.GraphModule):
                 replace_(model, rewriting.module, rewriting.module_from(module))
+                keep_hooks_(model.get_submodule(rewriting.module))
