@@ -323,7 +323,8 @@ def test_a_forward_that_cannot_be_rewritten_stays_and_says_why(
     student = prepare(model, ratio=0.5, streams=True, example_inputs=tokens())
     small = materialize(student)
     assert type(small.block) is type(model.block)
-    assert relative_difference(small(tokens()), student(tokens())) <= 1e-12
+    with torch.no_grad():
+        assert relative_difference(small(tokens()), student(tokens())) <= 1e-12
 
 
 def test_leaves_leave_a_forward_as_it_is() -> None:
