@@ -63,7 +63,9 @@ CASES = {
     "CLIP": Case("CLIPVisionModelWithProjection", "CLIPVisionConfig", options=FEW),
     "SigLIP": Case("SiglipVisionModel", "SiglipVisionConfig", options=FEW),
     "ResNet": Case("ResNetForImageClassification", "ResNetConfig"),
-    "RegNet": Case("RegNetForImageClassification", "RegNetConfig"),
+    "RegNet": Case(
+        "RegNetForImageClassification", "RegNetConfig", options={"depths": [1, 1, 2, 1]}
+    ),
     "MobileNetV1": Case("MobileNetV1ForImageClassification", "MobileNetV1Config"),
     "MobileNetV2": Case("MobileNetV2ForImageClassification", "MobileNetV2Config"),
     "LeViT": Case("LevitForImageClassification", "LevitConfig"),
@@ -79,7 +81,7 @@ CASES = {
     "EfficientNet": Case(
         "EfficientNetForImageClassification",
         "EfficientNetConfig",
-        options={"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280},
+        options={"width_coefficient": 1.0, "depth_coefficient": 0.3, "hidden_dim": 1280},
     ),
     "FocalNet": Case("FocalNetForImageClassification", "FocalNetConfig"),
     "SwiftFormer": Case("SwiftFormerForImageClassification", "SwiftFormerConfig"),
@@ -148,7 +150,11 @@ def main(arguments: list[str] | None = None) -> None:
     names = parser.parse_args(arguments).names
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    rows = [row(name) for name in names]
+    rows = []
+    for name in names:
+        rows.append(row(name))
+        print(*rows[-1], sep="  ", flush=True)
+    print()
     print(format_table(["model", "within reach", "free / spaces", "seconds", "kept by"], rows))
     shares = [float(entry[1]) for entry in rows]
     print(f"\nmedian {median(shares):.3f}, {sum(s < 0.8 for s in shares)} below .8")
