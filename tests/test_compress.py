@@ -551,3 +551,59 @@ class Spent:
 def test_data_that_is_used_up_is_refused() -> None:
     with pytest.raises(DataError, match=r"data is empty"):
         torchcap.compress(made(), Spent())
+
+
+@pytest.mark.parametrize(
+    "recipe", [Recipe.seconds(), Recipe(start=torchcap.GreedySelection())], ids=["own", "greedy"]
+)
+def test_dead_channels_go_first_however_alike_the_others_are(recipe: Recipe) -> None:
+    """Two inputs make 16 channels that replace each other almost perfectly, beside 16 of zeros."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 32), nn.GELU(), nn.Linear(32, 4)).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(generator=generator)
+        model[0].weight[16:], model[0].bias[16:] = 0, 0
+    x = torch.randn(2048, 2, generator=generator, dtype=torch.float64)
+    small = torchcap.compress(model, [x], ratio=0.5, recipe=recipe)
+    assert bool(small[0].weight.any(1).all())
+    assert relative_difference(small(x), model(x)) <= 1e-10
+
+
+class Unspeakable(nn.Sequential):
+    """A model that cannot say what it is."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("not yet")
+
+
+def test_a_model_need_not_be_printable() -> None:
+    model = Unspeakable(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    small = torchcap.compress(model, [torch.randn(2, 3, 8, 8)], recipe=Recipe.seconds())
+    assert small[0].out_channels == 4
+
+
+class KeepsItsGrid(nn.Module):
+    """Makes a grid for the size that it sees, which takes a look at a value, and keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+        self.stride, self.size, self.grid = torch.ones(1), None, None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.last(self.first(x).relu())
+        if self.size != y.shape[-2:]:
+            self.size = y.shape[-2:]
+            self.grid = y.new_full(self.size, float(self.stride[0]))
+        return y * self.grid
+
+
+def test_a_model_that_has_run_and_keeps_what_it_made_for_that_size() -> None:
+    model, image = KeepsItsGrid().eval(), torch.randn(2, 3, 32, 32)
+    model(image)
+    student = torchcap.prepare(model, ratio=0.5, example_inputs=image)
+    small = torchcap.materialize(student)
+    assert small.first.out_channels == 4
+    for x in (image, image[:, :, :16]):
+        torch.testing.assert_close(small(x), student(x))

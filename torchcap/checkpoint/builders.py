@@ -13,8 +13,8 @@ import torchvision
 from torch import Tensor, nn
 
 from torchcap.checkpoint.contents import ARGUMENTS, Attribute, Builder, Contents, is_plain
-from torchcap.checkpoint.forwards import rewrite_like_, rewritten_forwards
-from torchcap.checkpoint.structure import fit_, fits, misfit, skeleton
+from torchcap.checkpoint.forwards import fitted
+from torchcap.checkpoint.structure import misfit, skeleton
 from torchcap.errors import FileError
 from torchcap.graph.analyze import Reader
 
@@ -56,18 +56,13 @@ def find_builder(
     for label in _names(model) if name is None else [name]:
         try:
             builder = _told(label, model)
-            for streams in (False, True):
-                fresh = build(builder)
-                if fits(fresh, contents, tensors):  # else there is no need to read it
-                    rewrite_like_(fresh, contents, None, Reader(streams=streams))
-                fit_(fresh, contents, tensors)
-                reason = misfit(fresh, contents, tensors)
-                if not reason:
-                    return builder
-                if not rewritten_forwards(build(builder), contents):
-                    break
+            fresh = fitted(partial(build, builder), contents, tensors, None, Reader())
         except (FileError, ValueError) as error:
             reason = f"  {error}"
+            continue
+        reason = misfit(fresh, contents, tensors)
+        if not reason:
+            return builder
     if name is not None:
         raise FileError(
             f"{name!r} does not build the original of this {type(model).__name__!r}:\n{reason}\n"

@@ -7,9 +7,13 @@ file: the fresh model is read as the original was, and rewritten in the same way
 
 from __future__ import annotations
 
-from torch import fx, nn
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from torch import Tensor, fx, nn
 
 from torchcap.checkpoint.contents import Contents
+from torchcap.checkpoint.structure import fit_, fits, misfit
 from torchcap.errors import FileError, TorchcapError
 from torchcap.graph.analyze import Reader
 from torchcap.graph.inputs import ExampleInputs
@@ -18,7 +22,7 @@ from torchcap.transform.rewrite import rewrite_forwards_
 _REWRITTEN = f"{fx.GraphModule.__module__}.{fx.GraphModule.__qualname__}."
 
 
-def rewritten_forwards(model: nn.Module, contents: Contents) -> set[str]:
+def _rewritten_forwards(model: nn.Module, contents: Contents) -> set[str]:
     """Return the modules whose forwards are rewritten in a file, and not in a model."""
     kinds = dict(model.named_modules())
     return {
@@ -30,26 +34,46 @@ def rewritten_forwards(model: nn.Module, contents: Contents) -> set[str]:
     }
 
 
-def rewrite_like_(
-    fresh: nn.Module,
+def fitted(
+    make: Callable[[], nn.Module],
     contents: Contents,
+    tensors: Mapping[str, Tensor],
     example_inputs: ExampleInputs | None,
     reader: Reader,
-) -> None:
-    """Rewrite the forwards of a fresh model as those of the saved one are, in place.
+) -> nn.Module:
+    """Return a fresh model that was taken through what compressing did to the saved one.
+
+    Whether residual streams were spaces is not known; it decides which numbers were rewritten, so
+    both are tried. Where neither leads to the model in the file, the last try is returned.
 
     Args:
-        fresh: on the meta device.
+        make: makes the fresh model, on the meta device.
         contents: of the file.
+        tensors: of the file.
         example_inputs: for reading the model; for timm and torchvision they are known.
         reader: how the model was read.
 
     Raises:
-        FileError: if the model cannot be read.
+        FileError: if a forward was rewritten and the model cannot be read.
     """
-    paths = rewritten_forwards(fresh, contents)
-    if not paths:
-        return
+    fresh = make()
+    paths = _rewritten_forwards(fresh, contents)
+    if not paths or not fits(fresh, contents, tensors):  # then there is no need to read it
+        fit_(fresh, contents, tensors)
+        return fresh
+    for streams in (False, True):
+        fresh = make()
+        _rewrite_(fresh, paths, example_inputs, replace(reader, streams=streams))
+        fit_(fresh, contents, tensors)
+        if not misfit(fresh, contents, tensors):
+            break
+    return fresh
+
+
+def _rewrite_(
+    fresh: nn.Module, paths: set[str], example_inputs: ExampleInputs | None, reader: Reader
+) -> None:
+    """Rewrite the forwards of some modules, in place."""
     try:
         graph = reader(fresh, example_inputs)
     except TorchcapError as error:

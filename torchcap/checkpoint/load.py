@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 from torchcap.checkpoint.builders import build, set_images_
 from torchcap.checkpoint.contents import Contents
 from torchcap.checkpoint.file import read
-from torchcap.checkpoint.forwards import rewrite_like_
+from torchcap.checkpoint.forwards import fitted
 from torchcap.checkpoint.save import PACKAGES, reading_of
-from torchcap.checkpoint.structure import fit_, misfit, put_, skeleton, tensors_of
+from torchcap.checkpoint.structure import misfit, put_, skeleton, tensors_of
 from torchcap.digest import digest
 from torchcap.errors import FileError
 from torchcap.graph.analyze import Reader, analyze
@@ -83,11 +84,8 @@ def load(
     if contents.teacher is not None:
         fresh = _prepared(path, contents, model, example_inputs, leaves, rules)
     else:
-        reader = Reader(leaves, rules)
-        fresh = _fitted(path, contents, tensors, model, example_inputs, reader)
-        if misfit(fresh, contents, tensors):
-            reader = Reader(leaves, rules, streams=True)
-            fresh = _fitted(path, contents, tensors, model, example_inputs, reader)
+        make = partial(_rebuilt, path, contents) if model is None else partial(skeleton, model)
+        fresh = fitted(make, contents, tensors, example_inputs, Reader(leaves, rules))
     if reason := misfit(fresh, contents, tensors):
         raise FileError(f"{str(path)!r} holds another model:\n{reason}\n{_versions(contents)}")
     put_(fresh, contents, tensors, _device(model))
@@ -105,21 +103,6 @@ def describe(path: Path | str) -> Contents:
         FileError: if the file cannot be read, is damaged, or of a newer version.
     """
     return read(Path(path))[0]
-
-
-def _fitted(
-    path: Path,
-    contents: Contents,
-    tensors: Mapping[str, Tensor],
-    model: nn.Module | None,
-    example_inputs: ExampleInputs | None,
-    reader: Reader,
-) -> nn.Module:
-    """Return a fresh model, on the meta device, as small as the one in the file."""
-    fresh = _rebuilt(path, contents) if model is None else skeleton(model)
-    rewrite_like_(fresh, contents, example_inputs, reader)
-    fit_(fresh, contents, tensors)
-    return fresh
 
 
 def _rebuilt(path: Path, contents: Contents) -> nn.Module:

@@ -223,17 +223,23 @@ def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
         return value
 
 
-def _knows(value: Any, ours: set[int], depth: int = 6) -> bool:
-    """Whether a value is, or holds, a part of a model."""
-    if id(value) in ours or (isinstance(value, nn.Module | Tensor) or depth == 0):
-        return id(value) in ours
-    if isinstance(value, dict):
-        held = list(dict.values(value))
-    elif isinstance(value, list | tuple | set | deque):
-        held = list(value)
-    else:
-        held = list(getattr(value, "__dict__", {}).values())
-    return any(_knows(item, ours, depth - 1) for item in held)
+def _knows(value: Any, ours: set[int]) -> bool:
+    """Whether a value is, or holds, a part of a model, as far as one looks in no time."""
+    waiting, seen = deque([value]), set[int]()
+    while waiting and len(seen) < _MOST_SEEN:
+        item = waiting.popleft()
+        if id(item) in ours:
+            return True
+        if id(item) in seen or isinstance(item, nn.Module | Tensor):
+            continue
+        seen.add(id(item))
+        if isinstance(item, dict):
+            waiting += dict.values(item)
+        elif isinstance(item, list | tuple | set | deque):
+            waiting += item
+        else:
+            waiting += getattr(item, "__dict__", {}).values()
+    return False
 
 
 # --------------------------------------------------------------------------------------------------
