@@ -251,13 +251,13 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put back, after a forward of a copy, what user code may have changed outside of the copy.
 
     These are the states of random number generators, torch's global settings, and the containers
-    that functions of the model name in their module (``features = {}`` beside a hook). Restoring
-    needs no copy of the tensors.
+    that functions of the model reach (``features = {}`` beside a hook, a helper's cache). Restoring
+    needs no copy of the tensors; what is written into a tensor outside of the model stays written.
     """
     python, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002 - what users seed
     dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
     strict, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    kept = [(container, _entries(container)) for container in _named_containers(model)]
+    kept = [(container, _entries(container)) for container in _reached_containers(model)]
     cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     devices = list(range(torch.cuda.device_count())) if cuda else []
     with torch.random.fork_rng(devices):
@@ -276,7 +276,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 _restore_(container, before)
 
 
-def _named_containers(model: nn.Module) -> list[Any]:
+def _reached_containers(model: nn.Module) -> list[Any]:
     """Return the containers that functions of a model reach, by names, cells, defaults or objects.
 
     What libraries hold is left out, and of what is reached only so much is looked at.
