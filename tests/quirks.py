@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import random
 import types
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
@@ -1150,3 +1151,67 @@ def hidden_in_an_object(m: Quirky, y: Tensor) -> Tensor:
 @quirk()
 def of_a_generator(m: Quirky, y: Tensor) -> Tensor:
     return sum((y * k for k in (1, 2)), start=torch.zeros(()).to(y))
+
+
+@quirk(free=True)
+def branch_on_gradients(m: Quirky, y: Tensor) -> Tensor:
+    return m.c(y) if torch.is_grad_enabled() else m.c(y) * 2
+
+
+@quirk(free=False)
+def branch_on_gradients_that_holds_channels(m: Quirky, y: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        y = y + torch.arange(1.0, WIDTH + 1).to(y).view(1, -1, 1, 1)
+    return y
+
+
+class World:
+    """What code reaches beside its model, and may change."""
+
+    calls = 0
+    number = random.Random(0)
+    array = np.random.default_rng(0)
+    tensor = torch.Generator().manual_seed(0)
+    counts = np.zeros(2)
+    mean = torch.zeros(2)
+
+    def state(self) -> tuple[Any, ...]:
+        states = self.number.getstate(), self.array.bit_generator.state
+        tensors = self.tensor.get_state().tolist(), self.counts.tolist(), self.mean.tolist()
+        return *states, *tensors, World.calls, CALLS, "FIRST" in globals(), calls_of(doubled)
+
+
+CALLS = 0
+WORLD = World()
+
+
+def counts(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    calls = 0
+
+    @functools.wraps(function)
+    def counted(value: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return function(value)
+
+    return counted
+
+
+@counts
+def doubled(value: Tensor) -> Tensor:
+    return value * 2
+
+
+def calls_of(function: Any) -> int:
+    return next(c.cell_contents for c in function.__closure__ if type(c.cell_contents) is int)
+
+
+@quirk(free=True)
+def changes_the_world(m: Quirky, y: Tensor) -> Tensor:
+    global CALLS, FIRST
+    CALLS, FIRST = CALLS + 1, y.shape
+    World.calls += 1
+    WORLD.number.random(), WORLD.array.random(), torch.rand(1, generator=WORLD.tensor)
+    WORLD.counts[0] += 1
+    WORLD.mean.add_(1)
+    return doubled(y)

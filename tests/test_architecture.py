@@ -29,6 +29,7 @@ ORDER = (
     "torchcap.graph.inputs",
     "torchcap.graph.stand_ins",
     "torchcap.graph.copies",
+    "torchcap.graph.surroundings",
     "torchcap.graph.records",
     "torchcap.graph.recorder",
     "torchcap.graph.trace",

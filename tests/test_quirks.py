@@ -19,7 +19,7 @@ from proofs import (
     relative_difference,
     selection_error,
 )
-from quirks import GLOBAL, QUIRKS, Net
+from quirks import GLOBAL, QUIRKS, WORLD, Net
 from small_nets import fingerprint
 from torch import Tensor, nn
 
@@ -53,6 +53,7 @@ def surroundings() -> tuple[Any, ...]:
         torch.get_default_dtype(),
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
+        WORLD.state(),
     )
 
 

@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from torchcap.errors import ModelError, TraceError
-from torchcap.graph.branches import other_sides
+from torchcap.graph.branches import other_sides, sides_with_gradients
 from torchcap.graph.escapes import escaped_sizes
 from torchcap.graph.inputs import ExampleInputs
 from torchcap.graph.interpret import Interpretation
@@ -206,7 +206,7 @@ def _read(
     reading, graph = _open(opened, tracing, interpret)
     escaped = escaped_sizes(tracer, tracing, reading.silent_sizes())
     more, unread = other_sides(tracer, tracing, reading.branches())
-    more += escaped.graphs
+    more += [*escaped.graphs, *sides_with_gradients(tracer, tracing)]
     notes: list[str] = []
     if most > 0:
         if on_meta(tracer.model):

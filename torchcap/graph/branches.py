@@ -1,4 +1,4 @@
-"""The other side of branches on sizes.
+"""The other side of branches on sizes, and on whether gradients are on.
 
 A forward that asks how large its images are may take another way with others
 (``if x.shape[-1] > 64: x = self.down(x)``). So where a comparison of such sizes has come out one
@@ -9,6 +9,7 @@ comparisons as it can; where that fails, the halves of them are turned apart.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
@@ -56,3 +57,22 @@ def other_sides(
                 known.append(told)
                 graphs.append(replace(graph, turned=True))
     return graphs, [place for some in waiting for place in some]
+
+
+def sides_with_gradients(tracer: Tracer, tracing: Tracing) -> list[Traced]:
+    """Read what forwards do when gradients are on, if they ask for that.
+
+    Args:
+        tracer: records the forward; else gradients are off.
+        tracing: what has been read of it.
+    """
+    graphs: list[Traced] = []
+    known = [(graph.piece, graph.signature) for graph in tracing.graphs]
+    for mode in sorted({graph.mode for graph in tracing.graphs}) if tracing.graded else ():
+        with contextlib.suppress(Exception):  # it may want parameters that have gradients
+            for graph in tracer.record(training=mode == "train", gradients=True).graphs:
+                told = graph.piece, graph.signature
+                if told not in known:
+                    known.append(told)
+                    graphs.append(replace(graph, turned=True))
+    return graphs

@@ -10,17 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import gc
-import random
 import types
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
-import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedParameter
 
@@ -36,6 +31,9 @@ HOOKS = (
     "_forward_pre_hooks_with_kwargs",
 )
 """Where a module keeps its forward hooks, and what it knows about them."""
+
+MOST_SEEN = 5000
+"""Objects that are looked at when something is searched for among what a model reaches."""
 
 
 def copied(model: M, memo: dict[int, Any] | None = None) -> M:
@@ -226,7 +224,7 @@ def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
 def _knows(value: Any, ours: set[int]) -> bool:
     """Whether a value is, or holds, a part of a model, as far as one looks in no time."""
     waiting, seen = deque([value]), set[int]()
-    while waiting and len(seen) < _MOST_SEEN:
+    while waiting and len(seen) < MOST_SEEN:
         item = waiting.popleft()
         if id(item) in ours:
             return True
@@ -239,198 +237,4 @@ def _knows(value: Any, ours: set[int]) -> bool:
             waiting += item
         else:
             waiting += getattr(item, "__dict__", {}).values()
-    return False
-
-
-# --------------------------------------------------------------------------------------------------
-# What a forward may leave behind outside of its model
-
-
-@contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put back, after a forward of a copy, what user code may have changed outside of the copy.
-
-    These are the states of random number generators, torch's global settings, and the containers
-    that functions of the model reach (``features = {}`` beside a hook, a helper's cache). Restoring
-    needs no copy of the tensors; what is written into a tensor outside of the model stays written.
-    """
-    python, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002 - what users seed
-    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
-    strict, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    kept = [(container, _entries(container)) for container in _reached_containers(model)]
-    cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = list(range(torch.cuda.device_count())) if cuda else []
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numbers)  # noqa: NPY002
-            if torch.get_default_dtype() != dtype:
-                torch.set_default_dtype(dtype)
-            torch.set_grad_enabled(grad)
-            if torch.are_deterministic_algorithms_enabled() != strict:
-                torch.use_deterministic_algorithms(strict)
-            torch.backends.cudnn.benchmark = benchmark
-            for container, before in kept:
-                _restore_(container, before)
-
-
-def _reached_containers(model: nn.Module) -> list[Any]:
-    """Return the containers that functions of a model reach, by names, cells, defaults or objects.
-
-    What libraries hold is left out, and of what is reached only so much is looked at.
-    """
-    waiting: deque[Any] = deque()
-    for module in model.modules():
-        waiting += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        waiting += [v for v in vars(module).values() if callable(v) and not isinstance(v, type)]
-    waiting += {type(module): None for module in model.modules()}
-    found: dict[int, Any] = {}
-    seen = {id(module) for module in model.modules()}
-    while waiting and len(seen) < _MOST_SEEN:
-        value = waiting.popleft()
-        if id(value) in seen or isinstance(value, _PLAIN):
-            continue
-        seen.add(id(value))
-        if isinstance(value, _KEPT):
-            found[id(value)] = value
-        elif isinstance(getattr(value, "__dict__", None), dict) and not _is_library(value):
-            found[id(value.__dict__)] = value.__dict__  # attributes of functions and objects
-        waiting += _within(value)
-    return list(found.values())
-
-
-_MOST_SEEN = 5000
-_PLAIN = (str, bytes, int, float, complex, bool, type(None), Tensor, nn.Module, types.ModuleType)
-_LIBRARIES = (
-    "torch",
-    "torchcap",
-    "torchvision",
-    "timm",
-    "numpy",
-    "einops",
-    "builtins",
-    "collections",
-    "abc",
-)
-
-
-def _within(value: Any) -> list[Any]:
-    """Return what functions may reach through a value, if it is a user's own."""
-    found: list[Any] = []
-    if isinstance(value, dict | list | tuple | set | deque):
-        items = dict.values(value) if isinstance(value, dict) else value
-        found = list(items) if len(value) < _MOST_SEEN else []
-    elif isinstance(value, types.MethodType):
-        found = [value.__func__, value.__self__]
-    elif isinstance(value, partial):
-        found = [value.func, *value.args, *value.keywords.values()]
-    elif isinstance(value, types.FunctionType):
-        found = [] if _of_a_library(value.__module__) else _reached_by(value)
-    elif isinstance(value, type):
-        own = [vars(base).values() for base in value.__mro__ if not _of_a_library(base.__module__)]
-        found = [item for values in own for item in values]
-    elif not _of_a_library(type(value).__module__):
-        found = [type(value), *getattr(value, "__dict__", {}).values()]
-    else:
-        found = [getattr(value, "__wrapped__", None)]  # a function that functools has wrapped
-    return found
-
-
-def _is_library(value: Any) -> bool:
-    is_function = isinstance(value, types.FunctionType)
-    return _of_a_library(value.__module__ if is_function else type(value).__module__)
-
-
-def _of_a_library(name: str | None) -> bool:
-    return (name or "").partition(".")[0] in _LIBRARIES
-
-
-def _reached_by(function: types.FunctionType) -> list[Any]:
-    """Return what a function encloses, has as defaults, and names."""
-    cells = []
-    for cell in function.__closure__ or ():
-        with contextlib.suppress(ValueError):  # a cell that is empty
-            cells.append(cell.cell_contents)
-    names = [name for code in _codes(function.__code__) for name in code.co_names]
-    spaces = [function.__globals__]
-    spaces += [vars(v) for n in names if isinstance(v := spaces[0].get(n), types.ModuleType)]
-    own = [space for space in spaces if not _of_a_library(space.get("__name__"))]
-    named = [space[name] for space in own for name in names if name in space]
-    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    return [*cells, *named, *defaults, *vars(function).values()]
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
-
-
-def _entries(container: Any) -> list[Any]:
-    """Return what a container holds, whatever its class makes of looking at it."""
-    if isinstance(container, dict):
-        return list(dict.items(container))
-    kind = next(kind for kind in _CONTAINERS if isinstance(container, kind))
-    return list(kind.__iter__(container))
-
-
-def _restore_(container: Any, before: list[Any]) -> None:
-    """Put a container's entries back, in place, if they are others now."""
-    now = _entries(container)
-    if isinstance(container, dict):
-        pairs = [
-            (part, other)
-            for a, b in zip(now, before, strict=False)
-            for part, other in zip(a, b, strict=True)
-        ]
-    else:
-        pairs = list(zip(now, before, strict=False))
-    if len(now) == len(before) and all(a is b for a, b in pairs):
-        return
-    if isinstance(container, dict):
-        dict.clear(container)
-        for key, value in before:
-            dict.__setitem__(container, key, value)
-        return
-    kind = next(kind for kind in _CONTAINERS if isinstance(container, kind))
-    kind.clear(container)
-    (kind.update if kind is set else kind.extend)(container, before)
-
-
-_CONTAINERS: tuple[Any, ...] = (list, set, deque)
-_KEPT = (dict, *_CONTAINERS)
-
-
-def forget_(tensors: Iterable[Tensor]) -> None:
-    """Clear the caches of functions (``functools.lru_cache``) that hold some of the tensors."""
-    wanted = {id(tensor) for tensor in tensors}
-    if wanted:
-        _clear_caches(lambda held: id(held) in wanted)
-
-
-def forget_all_() -> None:
-    """Clear the caches of functions that hold tensors: a recording shall see these being made."""
-    _clear_caches(lambda held: issubclass(type(held), Tensor))
-
-
-def _clear_caches(is_meant: Callable[[Any], bool]) -> None:
-    for cache in gc.get_objects():
-        if type(cache) is _CACHE and cache.cache_info().currsize and _reaches(cache, is_meant):
-            cache.cache_clear()
-
-
-_CACHE = type(functools.lru_cache(forget_))
-
-
-def _reaches(holder: Any, is_meant: Callable[[Any], bool], depth: int = 5) -> bool:
-    """Whether something is held by an object, or by the containers that it holds."""
-    for held in gc.get_referents(holder):
-        if is_meant(held):
-            return True
-        inner = isinstance(held, dict | list | tuple | set) or "lru_list" in type(held).__name__
-        if depth and inner and _reaches(held, is_meant, depth - 1):
-            return True
     return False

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from torchcap.graph.copies import set_mode, shadow, undisturbed
+from torchcap.graph.copies import set_mode, shadow
 from torchcap.graph.inputs import Inputs, flattened
 from torchcap.graph.rewriting import Rewriting
 from torchcap.graph.stand_ins import plain_transformers
@@ -64,9 +64,9 @@ def prove(tracer: Tracer, tracing: Tracing) -> Proof:
     if tracer.real:  # sizes that follow values are others with other weights
         own = shadow(tracer.model, torch.clone)
         set_mode(own, training=False)
-        return Proof(mismatch=_compared(own, whole, tracer.inputs) or None)
+        return Proof(mismatch=_compared(tracer, own, whole, tracer.inputs) or None)
     for inputs in _others(tracer.inputs):
-        mismatch = _compared(model, whole, inputs)
+        mismatch = _compared(tracer, model, whole, inputs)
         if mismatch is None:  # the model is made for other sizes
             continue
         if not mismatch:
@@ -74,13 +74,13 @@ def prove(tracer: Tracer, tracing: Tracing) -> Proof:
         again = tracer.record(inputs=inputs).graphs[:1]  # none if the forward looks at values
         mismatch = None
         for graph in again:
-            mismatch = _compared(model, graph, inputs) or None
+            mismatch = _compared(tracer, model, graph, inputs) or None
         graphs = tuple(replace(graph, turned=True) for graph in again)
         return Proof(() if mismatch else graphs, mismatch, values=not again)
     return Proof()
 
 
-def _compared(model: nn.Module, traced: Traced, inputs: Inputs) -> str | None:
+def _compared(tracer: Tracer, model: nn.Module, traced: Traced, inputs: Inputs) -> str | None:
     """Return where a graph computes something else than its model: "" for nowhere.
 
     None if the model does not run on the inputs.
@@ -92,14 +92,14 @@ def _compared(model: nn.Module, traced: Traced, inputs: Inputs) -> str | None:
     try:
         with _outputs_noted(model, traced, seen):
             args, kwargs = cloned((inputs.args, dict(inputs.kwargs)))  # it may write into them
-            expected = _quietly(model, partial(model, *args, **kwargs))
+            expected = _quietly(tracer, partial(model, *args, **kwargs))
     except Exception:  # it may be made for one size alone
         return None
     for tensor, before in kept:
         tensor.copy_(before)
     runner = _Comparison(model, traced, seen)
     try:
-        found = _quietly(model, lambda: runner.run(*flattened(model, inputs)))
+        found = _quietly(tracer, lambda: runner.run(*flattened(model, inputs)))
     except Exception as error:  # a constant of the example's sizes does not fit
         return runner.last + f" ({first_line(error)})"
     if runner.first is not None:
@@ -128,7 +128,7 @@ def untrue(tracer: Tracer, rewritings: Iterable[Rewriting]) -> dict[str, str]:
         for inputs in [tracer.inputs] if tracer.real else _others(tracer.inputs):
             try:
                 args, kwargs = cloned((inputs.args, dict(inputs.kwargs)))
-                _quietly(model, partial(model, *args, **kwargs))
+                _quietly(tracer, partial(model, *args, **kwargs))
             except Exception:  # it may be made for one size alone
                 continue
             break
@@ -275,11 +275,11 @@ def _redrawn(inputs: Inputs, *, batch: bool = False, image: bool = False) -> Inp
     return Inputs(args, kwargs)
 
 
-def _quietly(model: nn.Module, run: Callable[[], Any]) -> list[Tensor]:
+def _quietly(tracer: Tracer, run: Callable[[], Any]) -> list[Tensor]:
     with (
         torch.inference_mode(mode=False),
         torch.no_grad(),
-        undisturbed(model),
+        tracer.surroundings.undisturbed(),
         plain_transformers(),
     ):
         torch.manual_seed(_SEED)
@@ -306,11 +306,11 @@ def _close(found: Tensor, expected: Tensor) -> bool:
 def _compare_pieces(model: nn.Module, tracer: Tracer, tracing: Tracing) -> str | None:
     """Return where a piece computes something else than its module does in a forward."""
     pieces = {t.piece: t for t in reversed(tracing.evaluations) if t.strange is None}
-    for path, (given, expected) in _first_calls(model, pieces, tracer.inputs).items():
+    for path, (given, expected) in _first_calls(tracer, model, pieces).items():
         piece = model.get_submodule(path)
         try:
             runner = GraphRunner(model, pieces[path], keep=False)
-            found = _quietly(piece, partial(runner.run, *flattened(piece, given)))
+            found = _quietly(tracer, partial(runner.run, *flattened(piece, given)))
         except Exception:  # its sizes follow values
             continue
         shapes = [e.shape for e in expected]
@@ -320,9 +320,9 @@ def _compare_pieces(model: nn.Module, tracer: Tracer, tracing: Tracing) -> str |
 
 
 def _first_calls(
-    model: nn.Module, paths: Iterable[str], inputs: Inputs
+    tracer: Tracer, model: nn.Module, paths: Iterable[str]
 ) -> dict[str, tuple[Inputs, list[Tensor]]]:
-    """Return what modules are given, and what they put out, when they are called first.
+    """Return what a copy's modules are given, and what they put out, when they are called first.
 
     Nothing if the model does not run.
     """
@@ -343,8 +343,8 @@ def _first_calls(
         handles.append(piece.register_forward_pre_hook(seen, with_kwargs=True))
         handles.append(piece.register_forward_hook(partial(after, path), prepend=True))
     try:
-        args, kwargs = cloned((inputs.args, dict(inputs.kwargs)))
-        _quietly(model, partial(model, *args, **kwargs))
+        args, kwargs = cloned((tracer.inputs.args, dict(tracer.inputs.kwargs)))
+        _quietly(tracer, partial(model, *args, **kwargs))
     except Exception:  # with other weights it takes a way that fails
         return {}
     finally:

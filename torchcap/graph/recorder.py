@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import functools
 import math
 import operator
 import random
@@ -226,11 +227,13 @@ class Recorder(TorchFunctionMode):
     @contextlib.contextmanager
     def _replaced(self) -> Iterator[None]:
         """Let the functions that are one operator be seen, for a while, wherever they are named."""
+        functions = frozenset(self.functions)
         changed: list[tuple[ModuleType, str, Any]] = []
-        by_id = {id(function): function for function in self.functions}
-        for module in list(sys.modules.values()) if by_id else ():
-            for name, value in list(getattr(module, "__dict__", {}).items()):
-                if id(value) in by_id:
+        for path, module in list(sys.modules.items()) if functions else ():
+            names = getattr(module, "__dict__", {})
+            for name in _names_in(path, len(names), functions) if names else ():
+                value: Any = names.get(name)
+                if any(value is function for function in functions):
                     changed.append((module, name, value))
                     setattr(module, name, update_wrapper(partial(self._function, value), value))
         try:
@@ -370,6 +373,7 @@ class Recorder(TorchFunctionMode):
         """Return whether gradients are on, and note that somebody asks."""
         if not self.busy:
             self._note_mood("it asks whether gradients are on")
+            self.record.graded = True
         return _GRAD_ENABLED()
 
     def _run_function(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -663,6 +667,16 @@ def _random_state() -> int:
     """Return a number that changes when somebody draws from Python's or NumPy's generator."""
     numbers: Any = np.random.get_state()  # noqa: NPY002 - what users draw from
     return hash((random.getstate(), numbers[1].tobytes(), numbers[2:]))
+
+
+@functools.cache
+def _names_in(module: str, count: int, functions: frozenset[Any]) -> tuple[str, ...]:  # noqa: ARG001
+    """Return the names of some functions in a module, which has so many names."""
+    wanted = {id(function) for function in functions}
+    names = sys.modules[module].__dict__
+    if wanted.isdisjoint(map(id, names.values())):
+        return ()
+    return tuple(name for name, value in names.items() if id(value) in wanted)
 
 
 def _square_root(number: Any) -> Any:

@@ -264,6 +264,7 @@ class Record:
         callers: module -> the modules that were running when it was called.
         outside: module -> why it is not changed: something goes past the forwards that were read.
         modal: whether a forward that was read has looked at the mode (``self.training``).
+        graded: whether one has asked if gradients are on (``torch.is_grad_enabled()``).
     """
 
     builders: list[Builder] = field(default_factory=list)
@@ -276,3 +277,4 @@ class Record:
     callers: dict[str, set[str]] = field(default_factory=dict)
     outside: dict[str, str] = field(default_factory=dict)
     modal: bool = False
+    graded: bool = False

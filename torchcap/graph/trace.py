@@ -29,12 +29,13 @@ from torch.nn import DataParallel
 
 from torchcap.errors import ExampleInputsError, TraceError
 from torchcap.graph.calls import written_by
-from torchcap.graph.copies import HOOKS, forget_, forget_all_, set_mode, shadow, undisturbed
+from torchcap.graph.copies import HOOKS, set_mode, shadow
 from torchcap.graph.inputs import ExampleInputs, Inputs, arranged, as_inputs, default_inputs
 from torchcap.graph.recorder import LeafRule, Recorder, SeenByDispatch, SeenByFakes
 from torchcap.graph.records import Branch, Builder, Dimension, Entry, Frame, Record, Run, Seen
 from torchcap.graph.sizes import Place, attribute_sizes, put_sizes_
 from torchcap.graph.stand_ins import SHAPES, TRANSFORMERS, plain_transformers
+from torchcap.graph.surroundings import Surroundings, forget_
 from torchcap.nests import mapped, tensors_in
 
 Signature = list[tuple[str, str, str]]
@@ -114,6 +115,7 @@ class Tracing:
         moods: module -> what its forward depends on or changes that stands in no graph.
         dimensions: the sizes that were read from tensors in evaluation mode.
         alone: whether the training mode could not be read.
+        graded: whether a forward asks if gradients are on.
     """
 
     graphs: tuple[Traced, ...]
@@ -125,6 +127,7 @@ class Tracing:
     moods: Mapping[str, str] = field(default_factory=dict)
     dimensions: Sequence[Dimension] = ()
     alone: bool = False
+    graded: bool = False
 
     @property
     def evaluations(self) -> tuple[Traced, ...]:
@@ -179,6 +182,7 @@ class Tracer:
         functions: Collection[Callable[..., Any]] = (),
     ) -> None:
         self.model, self.is_leaf, self.functions = model, is_leaf, functions
+        self.surroundings = Surroundings(model)
         self.inputs = default_inputs(model) if example_inputs is None else as_inputs(example_inputs)
         self.plain = False
         self.means = {"eval": Means(), "train": Means()}
@@ -191,8 +195,9 @@ class Tracer:
             ModelError: if the model cannot be copied.
             ExampleInputsError: if the model does not run on the example inputs.
         """
-        forget_all_()
         found = self._evaluation()
+        if forget_(t for graph in found.graphs for t in graph.constants.values()):
+            found = self._evaluation()  # which sees how these tensors are made
         graphs, record = _different(found.graphs), found.record
         moods = dict(record.moods)
         alone = False
@@ -219,6 +224,7 @@ class Tracer:
             moods,
             record.dimensions,
             alone,
+            record.graded,
         )
 
     @property
@@ -265,12 +271,18 @@ class Tracer:
             means.unread = fresh | means.unread
 
     def record(
-        self, *, training: bool = False, inputs: Inputs | None = None, **changes: Any
+        self,
+        *,
+        training: bool = False,
+        gradients: bool = False,
+        inputs: Inputs | None = None,
+        **changes: Any,
     ) -> Recording:
         """Record one forward.
 
         Args:
             training: in which mode.
+            gradients: whether they are on; the parameters want none.
             inputs: others than those of the example.
             changes: what else a :class:`Recorder` may be told.
 
@@ -302,7 +314,7 @@ class Tracer:
             places = attribute_sizes(copied, lambda module: id(module) in leaves)
             put_sizes_(copied, [(at, recorder.size_at(at, at.get(copied))) for at in places])
         try:
-            self._run(recorder, fake, inputs)
+            self._run(recorder, fake, inputs, gradients=gradients)
         except Exception as error:  # a user's forward may raise anything on a wrong shape
             if recorder.record.values:
                 return Recording([], recorder.record)
@@ -313,13 +325,15 @@ class Tracer:
         ]
         return Recording(graphs, recorder.record)
 
-    def _run(self, recorder: Recorder, fake: SeenByFakes | None, inputs: Inputs) -> None:
+    def _run(
+        self, recorder: Recorder, fake: SeenByFakes | None, inputs: Inputs, *, gradients: bool
+    ) -> None:
         """Run the forward, and note what is still alive behind it."""
         with (
             torch.inference_mode(mode=False),
-            torch.no_grad(),
+            torch.set_grad_enabled(gradients),
             warnings.catch_warnings(action="ignore"),
-            undisturbed(self.model),
+            self.surroundings.undisturbed(),
             plain_transformers(),
             _eagerly(),
             _unlogged(),
@@ -327,12 +341,13 @@ class Tracer:
             if fake is None:
                 args, kwargs = mapped((inputs.args, dict(inputs.kwargs)), _own)
                 given = arranged(self.model, Inputs(args, kwargs))
-                with SeenByDispatch(recorder):
+                with SeenByDispatch(recorder), _collecting(recorder):
                     output = recorder.run_forward(args, kwargs, given)
                 _note_stored(recorder, list(tensors_in(output)))
                 return
             try:
-                output = self._on_fakes(recorder, fake, inputs)
+                with _collecting(recorder):
+                    output = self._on_fakes(recorder, fake, inputs)
             except Exception:
                 forget_(tensor for _, tensor in _alive(recorder))
                 raise
@@ -454,17 +469,32 @@ def _traced(model: nn.Module, builder: Builder, mode: str, unread: Mapping[str, 
     )
 
 
+@contextlib.contextmanager
+def _collecting(recorder: Recorder) -> Iterator[None]:
+    """Let nothing that a forward has computed be alive after it only because it is in a cycle.
+
+    What was there before is not looked at, which takes most of a collection's time.
+    """
+    apart = gc.get_freeze_count() == 0
+    if apart:
+        gc.freeze()
+    try:
+        yield
+        if any(True for _ in _alive(recorder)):
+            gc.collect()
+    finally:
+        if apart:
+            gc.unfreeze()
+
+
 def _note_stored(recorder: Recorder, outputs: Sequence[Tensor]) -> None:
     """Note the tensors that are alive after the forward, and are not what it returned.
 
     A module, a hook or a closure has stored them, for somebody who will read them.
     """
     returned = {id(tensor) for tensor in outputs}
-    if not any(id(tensor) not in returned for _, tensor in _alive(recorder)):
-        return
-    gc.collect()  # what stands in a cycle is not stored, it only has not gone yet
     found = [(entry, tensor) for entry, tensor in _alive(recorder) if id(tensor) not in returned]
-    places = _storages(recorder.model)
+    places = _storages(recorder.model) if found else {}
     for entry, tensor in found:
         where = places.get(id(tensor), "by a hook or a closure")
         entry.builder.kept.setdefault(entry.at(), f"kept after the forward, {where}")
