@@ -35,6 +35,7 @@ ORDER = (
     "torchcap.graph.trace",
     "torchcap.graph.escapes",
     "torchcap.graph.branches",
+    "torchcap.graph.rewritten",
     "torchcap.graph.rewriting",
     "torchcap.graph.proof",
     "torchcap.graph.legend",

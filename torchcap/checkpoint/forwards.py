@@ -10,16 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from torchcap.checkpoint.contents import Contents
-from torchcap.checkpoint.structure import fit_, fits, misfit
+from torchcap.checkpoint.structure import REWRITTEN, fit_, fits, misfit
 from torchcap.errors import FileError, TorchcapError
 from torchcap.graph.analyze import Reader
 from torchcap.graph.inputs import ExampleInputs
+from torchcap.graph.rewritten import is_rewritten
 from torchcap.transform.rewrite import rewrite_forwards_
-
-_REWRITTEN = f"{fx.GraphModule.__module__}.{fx.GraphModule.__qualname__}."
 
 
 def _rewritten_forwards(model: nn.Module, contents: Contents) -> set[str]:
@@ -28,9 +27,7 @@ def _rewritten_forwards(model: nn.Module, contents: Contents) -> set[str]:
     return {
         path
         for path, layer in contents.structure.items()
-        if layer.kind.startswith(_REWRITTEN)
-        and path in kinds
-        and not isinstance(kinds[path], fx.GraphModule)
+        if layer.kind.endswith(REWRITTEN) and path in kinds and not is_rewritten(kinds[path])
     }
 
 

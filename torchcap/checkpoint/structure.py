@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torchcap.checkpoint.contents import Attribute, Contents, Layer, is_plain
 from torchcap.errors import FileError, ModelError
 from torchcap.graph.copies import copied
+from torchcap.graph.rewritten import is_rewritten, original_class
 from torchcap.graph.rules import BATCH_NORMS, STANDARDIZED
 from torchcap.graph.weights import output_axis
 from torchcap.nests import tensors_in
@@ -176,8 +177,12 @@ def _is_same_kind(one: str, other: str) -> bool:
     return one == other
 
 
+REWRITTEN = " (rewritten)"
+
+
 def _kind(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+    kind = original_class(type(module))
+    return f"{kind.__module__}.{kind.__qualname__}" + REWRITTEN * is_rewritten(module)
 
 
 def _attributes(module: nn.Module) -> dict[str, Attribute]:

@@ -20,7 +20,8 @@ from torchcap.graph.inputs import ExampleInputs
 from torchcap.graph.interpret import Interpretation
 from torchcap.graph.proof import prove, untrue
 from torchcap.graph.recorder import LeafRule
-from torchcap.graph.rewriting import Opened, Refusal, Rewriting, rewriting_of
+from torchcap.graph.rewriting import Opened, Refusal, rewriting_of
+from torchcap.graph.rewritten import Rewriting
 from torchcap.graph.rules import OPERATORS, Rules, Target, find_module_operator, is_patched
 from torchcap.graph.spaces import SpaceGraph
 from torchcap.graph.trace import Traced, Tracer, Tracing, is_builtin_leaf, on_meta

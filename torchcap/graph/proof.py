@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from torchcap.graph.copies import set_mode, shadow
 from torchcap.graph.inputs import Inputs, flattened
-from torchcap.graph.rewriting import Rewriting
+from torchcap.graph.rewritten import Rewriting
 from torchcap.graph.stand_ins import plain_transformers
 from torchcap.graph.trace import GraphRunner, Traced, Tracer, Tracing, first_line
 from torchcap.nests import cloned, mapped, tensors_in

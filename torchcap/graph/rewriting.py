@@ -3,8 +3,8 @@
 ``x.reshape(B, N, C)`` puts heads side by side, as many channels as the residual stream has, so they
 could not become fewer. In a recording that number is an argument of a node. Here it becomes an
 attribute of the module (``width_0``), which the module's heads then follow like any other size that
-a module holds; and the part of the recording that is the module's forward becomes its forward, as
-an ``fx.GraphModule``.
+a module holds; and the part of the recording that is the module's forward becomes its forward (see
+:mod:`torchcap.graph.rewritten`).
 
 A part of a recording stands for a forward if it is the same in every call, in both modes and on
 either side of every branch on sizes, and touches nothing but the module's own arguments, tensors
@@ -14,7 +14,6 @@ new forward asserts it.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import operator
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,74 +27,10 @@ from torch import Tensor, fx, nn
 from torchcap.graph.calls import written_by
 from torchcap.graph.copies import HOOKS
 from torchcap.graph.records import UNUSED, Frame
+from torchcap.graph.rewritten import Number, Rewriting, Slot
 from torchcap.graph.sizes import Place
 from torchcap.graph.trace import Traced, holds
 from torchcap.nests import leaves_of
-
-Slot = tuple[str, int | str, int | None]
-"""Where a number stands among the arguments of a node."""
-
-
-@dataclass(frozen=True, slots=True)
-class Number:
-    """A number in the code of a forward.
-
-    Attributes:
-        where: the expression.
-        slot: the argument in its call.
-        value: the number.
-        place: the attribute that is read in its place.
-    """
-
-    where: str
-    slot: Slot
-    value: int
-    place: Place
-
-
-@dataclass(frozen=True, slots=True)
-class Rewriting:
-    """What a module's forward becomes, so that its channels can become fewer.
-
-    Attributes:
-        module: qualified name of the module.
-        numbers: that become attributes.
-        graph: of the new forward; what it names is named from the module on.
-        code: of the new forward.
-    """
-
-    module: str
-    numbers: tuple[Number, ...]
-    graph: fx.Graph = field(compare=False, repr=False)
-    code: str
-
-    def module_from(self, module: nn.Module) -> fx.GraphModule:
-        """Return a module that holds what another one does, and has the new forward."""
-        twin = fx.GraphModule(nn.Module(), fx.Graph(), class_name=type(module).__name__)
-        for held in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            twin.__dict__[held] = vars(module)[held].copy()
-        widths = {number.place.name: number.value for number in self.numbers}
-        plain = {n: v for n, v in vars(module).items() if n not in vars(twin)}
-        twin.__dict__.update({**widths, **plain, "training": module.training})
-        twin.graph = copy.deepcopy(self.graph)
-        for node in self.graph.find_nodes(op="get_attr"):
-            if _is_new(node):
-                owner, _, name = str(node.target).rpartition(".")
-                vars(twin.get_submodule(owner)).setdefault(name, node.meta["val"])
-        named = {str(node.target) for node in twin.graph.find_nodes(op="get_attr")}
-        twin.meta[_KEPT] = {name: value for name, value in plain.items() if name not in named}
-        keep_hooks_(twin)
-        return twin
-
-
-def keep_hooks_(module: nn.Module) -> None:
-    """Let copies of a rewritten module have its hooks, those too that it gets from now on."""
-    meta: Any = module.meta
-    meta[_KEPT] |= {name: getattr(module, name) for name in HOOKS}
-
-
-_KEPT = "_user_preserved_attributes"
-"""Where a ``GraphModule`` keeps the attributes that its copies are given too."""
 
 
 @dataclass(slots=True)
@@ -263,7 +198,11 @@ def rewriting_of(
     for other in more:
         _unify_(graph, other, training=True)
     graph.lint()
-    return Rewriting(path, tuple(numbers), graph, graph.python_code("self").src)
+    reads = graph.find_nodes(op="get_attr")
+    widths = {str(node.target): node.meta["val"] for node in reads if _is_new(node)}
+    for node in graph.nodes:
+        node.meta.clear()
+    return Rewriting(path, tuple(numbers), widths, graph, graph.python_code("self").src)
 
 
 def _check_module(model: nn.Module, path: str, moods: Mapping[str, str]) -> None:
@@ -274,15 +213,6 @@ def _check_module(model: nn.Module, path: str, moods: Mapping[str, str]) -> None
         if name in moods:
             where = "" if name == path else f", in {name!r}"
             raise Refusal(moods[name] + where)
-    taken = (_OF_GRAPHS & vars(model.get_submodule(path)).keys()) - vars(nn.Module()).keys()
-    if taken:
-        raise Refusal(f"its attribute {min(taken)!r} has the name of one of a GraphModule")
-
-
-_OF_GRAPHS = frozenset(
-    {*dir(fx.GraphModule), *vars(fx.GraphModule(nn.Module(), fx.Graph()))} - {"forward"}
-)
-"""Names that a ``GraphModule`` has for itself."""
 
 
 class _Body:

@@ -17,7 +17,7 @@ from math import prod
 from typing import Literal
 
 from torchcap.graph.legend import hints, meanings
-from torchcap.graph.rewriting import Rewriting
+from torchcap.graph.rewritten import Rewriting
 from torchcap.graph.sizes import Place
 
 Freedom = Literal["linear", "stiefel", "selection", "fixed"]

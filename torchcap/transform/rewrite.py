@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from torch import fx, nn
+from torch import nn
 
-from torchcap.graph.rewriting import keep_hooks_
+from torchcap.graph.rewritten import is_rewritten
 from torchcap.graph.spaces import SpaceGraph
-from torchcap.transform.fold import replace_
 
 
 def rewrite_(model: nn.Module, graph: SpaceGraph, spaces: Collection[str]) -> None:
@@ -30,7 +29,9 @@ def rewrite_(model: nn.Module, graph: SpaceGraph, spaces: Collection[str]) -> No
 def rewrite_alike_(model: nn.Module, graph: SpaceGraph, other: nn.Module) -> None:
     """Rewrite the forwards that are rewritten in another model, in place."""
     kinds = dict(other.named_modules())
-    paths = {r.module for r in graph.rewritings if isinstance(kinds.get(r.module), fx.GraphModule)}
+    paths = {
+        r.module for r in graph.rewritings if r.module in kinds and is_rewritten(kinds[r.module])
+    }
     rewrite_forwards_(model, graph, paths)
 
 
@@ -45,6 +46,5 @@ def rewrite_forwards_(model: nn.Module, graph: SpaceGraph, paths: Collection[str
     for rewriting in graph.rewritings:
         if rewriting.module in paths:
             module = model.get_submodule(rewriting.module)
-            if not isinstance(module, fx.GraphModule):
-                replace_(model, rewriting.module, rewriting.module_from(module))
-                keep_hooks_(model.get_submodule(rewriting.module))
+            if not is_rewritten(module):
+                rewriting.apply_(module)
