@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def mapped(value: Any, change: Callable[[Any], Any], depth: int = 0) -> Any:
         return type(value)(*items) if hasattr(value, "_fields") else _tuple_like(value, items)
     if type(value) is list:
         return [new for _, _, new in found]
-    twin = copy.copy(value)
+    twin = dict(value) if isinstance(value, MappingProxyType) else copy.copy(value)
     for (kind, name), _, new in found:
         if kind == "item":
             twin[name] = new

@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from torchcap.errors import ModelError, TraceError
-from torchcap.graph.branches import other_sides, sides_with_gradients
+from torchcap.graph.branches import other_calls, other_sides
 from torchcap.graph.escapes import escaped_sizes
 from torchcap.graph.inputs import ExampleInputs
 from torchcap.graph.interpret import Interpretation
@@ -207,12 +207,13 @@ def _read(
     reading, graph = _open(opened, tracing, interpret)
     escaped = escaped_sizes(tracer, tracing, reading.silent_sizes())
     more, unread = other_sides(tracer, tracing, reading.branches())
-    more += [*escaped.graphs, *sides_with_gradients(tracer, tracing)]
+    more += [*escaped.graphs, *other_calls(tracer, tracing)]
     notes: list[str] = []
+    proving = not on_meta(tracer.model) and graph.macs <= most > 0
     if most > 0:
         if on_meta(tracer.model):
             notes.append("not proven: the model has no weights (meta device)")
-        elif graph.macs > most:
+        elif not proving:
             notes.append("not proven, because a forward is long; prepare() and compress() do it")
         else:
             proof = prove(tracer, tracing)
@@ -221,13 +222,15 @@ def _read(
                 return _read(tracer, operators, streams=streams, most=most)
             if proof.mismatch is not None:
                 return _Found(graph, proof.mismatch)
+            if proof.missing is not None:
+                notes.append(f"not proven: {proof.missing}")
             more = [*more, *proof.graphs]
     if escaped.channels or more or unread:
         tracing = replace(tracing, graphs=(*tracing.graphs, *more))
         interpret = partial(interpret, hidden=escaped.channels, unread_sides=unread)
         reading, graph = _open(opened, tracing, interpret)
     graph = _rewritten(opened, tracing, interpret, graph)
-    if most > 0 and not notes and graph.rewritings:
+    if proving and graph.rewritings:
         wrong = untrue(tracer, graph.rewritings)
         graph = _rewritten(opened, tracing, interpret, graph, wrong) if wrong else graph
     return _Found(replace(graph, notes=(*graph.notes, *notes)))

@@ -1,40 +1,45 @@
-"""The other side of branches on sizes, and on whether gradients are on.
+"""Ways through a forward that the example does not take.
 
 A forward that asks how large its images are may take another way with others
 (``if x.shape[-1] > 64: x = self.down(x)``). So where a comparison of such sizes has come out one
 way, the forward is recorded once more with the other outcome, and both ways are read together: a
 channel may be cut only if every reader on either way can follow. One recording turns as many
 comparisons as it can; where that fails, the halves of them are turned apart.
+
+A forward may also ask whether gradients are on, or for what an earlier forward has left in its
+module. Then it is recorded so, too.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
-from torchcap.graph.trace import Traced, Tracer, Tracing
+from torchcap.errors import ExampleInputsError
+from torchcap.graph.trace import Traced, Tracer, Tracing, different
 
 _MOST = 12
 """Recordings that are made to read other sides."""
 
 
 def other_sides(
-    tracer: Tracer, tracing: Tracing, places: Mapping[str, bool]
+    tracer: Tracer, tracing: Tracing, places: Sequence[str]
 ) -> tuple[list[Traced], list[str]]:
     """Read what a forward would do if comparisons of sizes came out otherwise.
 
     Args:
         tracer: records the forward.
         tracing: what has been read of it.
-        places: of the comparisons, with their outcome.
+        places: of the comparisons.
 
     Returns:
-        the graphs that are new; and the places whose other side has not been read.
+        the graphs that are new; and the places whose other side has not been read, and may run.
     """
     graphs: list[Traced] = []
-    known = [(graph.piece, graph.signature) for graph in tracing.graphs]
+    unread: list[str] = []
     longest = 4 * max(len(graph.graph.nodes) for graph in tracing.graphs)
     waiting = deque([list(places)] if places else [])
     for _ in range(_MOST):
@@ -43,36 +48,53 @@ def other_sides(
         some = waiting.popleft()
         try:
             found = tracer.record(turned=set(some), longest=longest)
-        except Exception:  # the other side refuses, as an assertion does, or does not fit
+        except Exception as error:  # the other side refuses, as an assertion does, or does not fit
             halves = some[: len(some) // 2], some[len(some) // 2 :]
             waiting.extend(half for half in halves if len(some) > 1)
+            if len(some) == 1 and not _is_refusal(error):
+                unread += some
             continue
-        met = {str(branch.where) for branch in found.record.branches}
-        missed = [place for place in some if place not in met]  # another one led past them
-        if 0 < len(missed) < len(some):
+        missed = [place for place in some if place not in found.record.branches]
+        if 0 < len(missed) < len(some):  # another one led past them
             waiting.append(missed)
-        for graph in found.graphs:
-            told = graph.piece, graph.signature
-            if told not in known:
-                known.append(told)
-                graphs.append(replace(graph, turned=True))
-    return graphs, [place for some in waiting for place in some]
+        graphs += _turned(found.graphs, [*tracing.graphs, *graphs])
+    return graphs, [*unread, *(place for some in waiting for place in some)]
 
 
-def sides_with_gradients(tracer: Tracer, tracing: Tracing) -> list[Traced]:
-    """Read what forwards do when gradients are on, if they ask for that.
+def _is_refusal(error: BaseException) -> bool:
+    """Whether a forward has raised an error of its own, or wants endless recordings."""
+    cause = error.__cause__ if isinstance(error, ExampleInputsError) else error
+    if cause is None or isinstance(cause, AssertionError | RecursionError):
+        return True
+    frame = cause.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    where = "" if frame is None else frame.tb_frame.f_globals.get("__name__", "")
+    return where.partition(".")[0] not in {"torch", "torchcap"}
+
+
+def other_calls(tracer: Tracer, tracing: Tracing) -> list[Traced]:
+    """Read what forwards do with gradients, or when they are called again, if they ask for that.
 
     Args:
-        tracer: records the forward; else gradients are off.
+        tracer: records the forward; else gradients are off, and every copy is fresh.
         tracing: what has been read of it.
     """
     graphs: list[Traced] = []
-    known = [(graph.piece, graph.signature) for graph in tracing.graphs]
-    for mode in sorted({graph.mode for graph in tracing.graphs}) if tracing.graded else ():
-        with contextlib.suppress(Exception):  # it may want parameters that have gradients
-            for graph in tracer.record(training=mode == "train", gradients=True).graphs:
-                told = graph.piece, graph.signature
-                if told not in known:
-                    known.append(told)
-                    graphs.append(replace(graph, turned=True))
+    for mode in sorted({graph.mode for graph in tracing.graphs}):
+        for other in _circumstances(tracing):
+            with contextlib.suppress(Exception):  # it may want parameters that have gradients
+                found = tracer.record(training=mode == "train", **other)
+                graphs += _turned(found.graphs, [*tracing.graphs, *graphs])
     return graphs
+
+
+def _circumstances(tracing: Tracing) -> Iterator[dict[str, Any]]:
+    if tracing.graded:
+        yield {"gradients": True}
+    if tracing.changing:
+        yield from ({"earlier": 1}, {"earlier": 2})
+
+
+def _turned(graphs: Sequence[Traced], known: Sequence[Traced]) -> list[Traced]:
+    return [replace(graph, turned=True) for graph in different(graphs, known)]

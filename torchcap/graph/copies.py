@@ -12,7 +12,7 @@ import contextlib
 import copy
 import types
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedParameter
 
 from torchcap.errors import ModelError
+from torchcap.nests import tensors_in
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -52,6 +53,8 @@ def copied(model: M, memo: dict[int, Any] | None = None) -> M:
             raise ModelError(
                 f"{label!r} has no shape yet (a lazy module); run the model once on example inputs"
             )
+    for tensor in _computed(model):
+        memo.setdefault(id(tensor), tensor.detach())
     try:
         twin = copy.deepcopy(model, memo)
     except Exception as error:  # whatever a user's class cannot copy
@@ -67,6 +70,15 @@ def copied(model: M, memo: dict[int, Any] | None = None) -> M:
                 getattr(other, name).update(getattr(module, name))
     _copy_functions_(model, memo)
     return twin
+
+
+def _computed(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors with a history that modules keep, which ``copy.deepcopy`` refuses."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            for tensor in () if name.startswith("_") else tensors_in(value):
+                if not tensor.is_leaf:
+                    yield tensor
 
 
 def shadow(model: M, stand_in: Callable[[Tensor], Tensor] | None = None) -> M:

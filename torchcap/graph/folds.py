@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
@@ -18,7 +18,10 @@ Operators = Mapping[Target, Operator]
 
 
 def find_folds(
-    graphs: Sequence[Traced], entangled: Collection[str], operators: Operators
+    graphs: Sequence[Traced],
+    entangled: Collection[str],
+    asked: Collection[str],
+    operators: Operators,
 ) -> tuple[Fold, ...]:
     """Find the batch norms that fold into a layer, and the layers with weight standardisation.
 
@@ -28,9 +31,11 @@ def find_folds(
     Args:
         graphs: the graphs of one model.
         entangled: modules whose tensors have another owner or another reader; they don't fold.
+        asked: modules whose attributes others read; they don't become something else.
         operators: what is known of operators.
     """
-    pairs = [dict(_pairs(graph, entangled, operators)) for graph in graphs]
+    entangled, asked = set(entangled), set(asked)
+    pairs = [dict(_pairs(graph, entangled, asked, operators)) for graph in graphs]
     used = [_calls(graph) for graph in graphs]
     folds: dict[str, Fold] = {}
     for graph, found in zip(graphs, pairs, strict=True):
@@ -46,7 +51,8 @@ def find_folds(
             module = graph.module(node)
             known = find_operator(node, module, operators)
             standard = isinstance(module, STANDARDIZED) and _foldable(module)
-            if standard and layer not in entangled and known and known.kind == "convolution":
+            own = layer not in entangled | asked
+            if standard and own and known and known.kind == "convolution":
                 folds.setdefault(layer, Fold(layer, None))
     return tuple(folds.values())
 
@@ -56,14 +62,15 @@ def _calls(graph: Traced) -> Counter[str]:
 
 
 def _pairs(
-    graph: Traced, entangled: Collection[str], operators: Operators
+    graph: Traced, entangled: Set[str], asked: Set[str], operators: Operators
 ) -> Iterator[tuple[str, str]]:
     calls = _calls(graph)
     for node in graph.graph.find_nodes(op="call_module"):
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
             continue
-        if {str(node.target), str(source.target)} & set(entangled):
+        names = {str(node.target), str(source.target)}
+        if names & entangled or str(node.target) in asked or source in graph.kept:
             continue
         norm, layer = graph.module(node), graph.module(source)
         if calls[str(node.target)] > 1 or calls[str(source.target)] > 1:

@@ -82,7 +82,9 @@ class Interpretation:
         self.read_outside = self._modules_read_outside()
         self.direct: set[tuple[str, str, int]] = set()
         self.astray: set[tuple[str, str]] = set()
-        self.folds = find_folds(self.readings, {*self.shared, *self.read_outside}, operators)
+        entangled = {*self.shared, *self.read_outside}
+        asked = {place.module for place, by in tracing.reads.items() if by - {place.module}}
+        self.folds = find_folds(self.readings, entangled, asked, operators)
         self.folded = {fold.norm for fold in self.folds if fold.norm is not None}
         self.notes: Counter[str] = Counter()
         self.values: dict[fx.Node, Value] = {}
@@ -448,8 +450,11 @@ class Interpretation:
     # ----------------------------------------------------------------------------------------------
     # Sizes of which C may have made something
 
-    def branches(self) -> dict[str, bool]:
-        """Return the places where sizes that are no numbers of channels are compared."""
+    def branches(self) -> list[str]:
+        """Return the places where sizes that are no numbers of channels are compared.
+
+        Those are left out where comparisons have come out in both ways.
+        """
         found: dict[str, set[bool]] = {}
         for reading in self.tracing.evaluations:
             for node in reading.graph.nodes:
@@ -459,7 +464,7 @@ class Interpretation:
                 if any(followed_ids(v) is not None for v in operands) or not _measured(node):
                     continue
                 found.setdefault(str(node.meta["where"]), set()).add(node.meta["val"])
-        return {place: next(iter(seen)) for place, seen in found.items() if len(seen) == 1}
+        return [place for place, seen in found.items() if len(seen) == 1]
 
     def silent_sizes(self) -> list[Silent]:
         """Return the sizes that follow channels, about each of which C may be told a lie."""

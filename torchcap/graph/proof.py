@@ -41,11 +41,13 @@ class Proof:
         mismatch: where a graph computes something else than the model; None if none does.
         values: whether the forward looks at values for other sizes than those of the example, so
             that it has to be read on real tensors.
+        missing: why nothing could be compared; None if something was.
     """
 
     graphs: tuple[Traced, ...] = ()
     mismatch: str | None = None
     values: bool = False
+    missing: str | None = None
 
 
 def prove(tracer: Tracer, tracing: Tracing) -> Proof:
@@ -60,7 +62,7 @@ def prove(tracer: Tracer, tracing: Tracing) -> Proof:
     if whole is None:
         return Proof(mismatch=_compare_pieces(model, tracer, tracing))
     if whole.strange is not None:
-        return Proof()
+        return Proof(missing=whole.strange)
     if tracer.real:  # sizes that follow values are others with other weights
         own = shadow(tracer.model, torch.clone)
         set_mode(own, training=False)
@@ -70,14 +72,14 @@ def prove(tracer: Tracer, tracing: Tracing) -> Proof:
         if mismatch is None:  # the model is made for other sizes
             continue
         if not mismatch:
-            break
+            return Proof()
         again = tracer.record(inputs=inputs).graphs[:1]  # none if the forward looks at values
         mismatch = None
         for graph in again:
             mismatch = _compared(tracer, model, graph, inputs) or None
         graphs = tuple(replace(graph, turned=True) for graph in again)
         return Proof(() if mismatch else graphs, mismatch, values=not again)
-    return Proof()
+    return Proof(missing="the forward fails if all parameters are a little different")
 
 
 def _compared(tracer: Tracer, model: nn.Module, traced: Traced, inputs: Inputs) -> str | None:
@@ -117,10 +119,12 @@ def untrue(tracer: Tracer, rewritings: Iterable[Rewriting]) -> dict[str, str]:
         rewritings: new forwards.
     """
     found: dict[str, str] = {}
+    checks: list[tuple[str, _Check]] = []
     model = shadow(tracer.model, torch.clone) if tracer.real else _changed(tracer.model)
     for rewriting in rewritings:
         module = model.get_submodule(rewriting.module)
         check = _Check(rewriting.module_from(module), partial(found.setdefault, rewriting.module))
+        checks.append((rewriting.module, check))
         module.register_forward_pre_hook(check.before, with_kwargs=True)
         module.register_forward_hook(check.after)
     for training in (False, True):
@@ -132,7 +136,8 @@ def untrue(tracer: Tracer, rewritings: Iterable[Rewriting]) -> dict[str, str]:
             except Exception:  # it may be made for one size alone
                 continue
             break
-    return found
+    never = {path: "it could not be compared with the old one" for path, c in checks if not c.count}
+    return never | found
 
 
 @dataclass(slots=True)
@@ -143,11 +148,13 @@ class _Check:
         twin: the module with the new forward.
         report: is told what is wrong.
         expected: what the new forward put out, or how it failed.
+        count: how often they were compared.
     """
 
     twin: nn.Module
     report: Callable[[str], Any]
     expected: list[Tensor] | str = ""
+    count: int = 0
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.twin.training = module.training
@@ -160,6 +167,7 @@ class _Check:
 
     def after(self, module: nn.Module, _args: Any, output: Any) -> None:
         mode = "training" if module.training else "evaluation"
+        self.count += 1
         if isinstance(self.expected, str):
             self.report(f"on other sizes it fails ({self.expected})")
         elif not same(list(tensors_in(output)), self.expected):
@@ -251,6 +259,7 @@ def _others(inputs: Inputs) -> Iterator[Inputs]:
     if any(t.dim() > 1 for t in tensors):
         yield _redrawn(inputs, batch=True)
     yield _redrawn(inputs)
+    yield inputs  # it may refuse random values
 
 
 def _redrawn(inputs: Inputs, *, batch: bool = False, image: bool = False) -> Inputs:

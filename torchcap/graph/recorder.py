@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import functools
 import math
 import operator
 import random
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial, update_wrapper
 from types import ModuleType
@@ -44,7 +43,6 @@ from torchcap.graph.calls import (
     follows_values,
 )
 from torchcap.graph.records import (
-    Branch,
     Builder,
     Dimension,
     Entry,
@@ -59,6 +57,9 @@ from torchcap.graph.where import Where, here
 from torchcap.nests import leaves_of, mapped, tensors_in
 
 LeafRule = Callable[[nn.Module], bool]
+NamedFunction = tuple[ModuleType, str, Callable[..., Any]]
+CONSTANT = "_constant_of_the_recording_"
+"""How names in a graph begin that stand for tensors which belong to no module."""
 LOOKS_AT_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -71,7 +72,7 @@ class Recorder(TorchFunctionMode):
         is_leaf: which modules are one operator.
         unread: qualified names of the modules whose own forward is not read, but what they call.
         shapes: module class -> what runs in the place of its forward, to give shapes alone.
-        functions: Python functions that are one operator each.
+        functions: where Python functions are named that are one operator each.
         lies: keys of the sizes about which C is told another value.
         turned: places of comparisons whose outcome is turned round.
         longest: number of nodes after which a recording is broken off; None for no end.
@@ -86,7 +87,7 @@ class Recorder(TorchFunctionMode):
         is_leaf: LeafRule,
         unread: Collection[str] = (),
         shapes: Mapping[type[nn.Module], Callable[..., Any]] | None = None,
-        functions: Collection[Callable[..., Any]] = (),
+        functions: Collection[NamedFunction] = (),
         lies: Collection[tuple[Any, ...]] = (),
         turned: Collection[str] = (),
         longest: int | None = None,
@@ -181,27 +182,40 @@ class Recorder(TorchFunctionMode):
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
-        """Note which attributes forwards read, and let some functions keep origins, for a while."""
-        math.sqrt = _square_root
-        builtins.len = self._length
-        torch.is_grad_enabled = self._grad_enabled
-        nn.Module.__getattribute__ = self._getter()  # type: ignore[method-assign, assignment]
-        try:
+        """Note what forwards ask and change, and let some functions keep origins, for a while."""
+        with (
+            _patched(math, "sqrt", partial(_square_root, math.sqrt)),
+            _patched(builtins, "len", partial(self._length, builtins.len)),
+            _patched(torch, "is_grad_enabled", partial(self._grad_enabled, torch.is_grad_enabled)),
+            _patched(nn.Module, "__getattribute__", self._getter(nn.Module.__getattribute__)),
+            _patched(nn.Module, "__setattr__", self._setter(nn.Module.__setattr__)),
+        ):
             yield
-        finally:
-            del nn.Module.__getattribute__
-            math.sqrt = _SQUARE_ROOT
-            builtins.len = _LENGTH
-            torch.is_grad_enabled = _GRAD_ENABLED
 
-    def _length(self, value: Any) -> int:
+    def _length(self, plain: Callable[[Any], int], value: Any) -> int:
         """Return the length of anything; that of a tensor knows its origin."""
         if isinstance(value, Tensor) and not self.busy and value.dim() > 0:
             return self._shape(value)[0]
-        return _LENGTH(value)
+        return plain(value)
 
-    def _getter(self) -> Callable[[nn.Module, str], Any]:
-        plain, paths = object.__getattribute__, self.paths
+    def _setter(self, plain: Callable[[nn.Module, str, Any], None]) -> Callable[..., None]:
+        def noted(module: nn.Module, name: str, value: Any) -> None:
+            path = None if self.busy else self.paths.get(id(module))
+            before = vars(module).get(name)
+            if path is not None and not _is_alike(before, value):
+                self._note_change(path, name)
+            plain(module, name, value)
+
+        return noted
+
+    def _note_change(self, path: str, name: str) -> None:
+        """Note that the running forward changes an attribute of a module."""
+        self.record.changed.add(Place(path, name))
+        for module in (path, self.here):
+            self.record.moods.setdefault(module, f"it changes {str(Place(path, name))!r}")
+
+    def _getter(self, plain: Callable[[nn.Module, str], Any]) -> Callable[[nn.Module, str], Any]:
+        paths = self.paths
 
         def noted(module: nn.Module, name: str) -> Any:
             value = plain(module, name)
@@ -227,20 +241,11 @@ class Recorder(TorchFunctionMode):
     @contextlib.contextmanager
     def _replaced(self) -> Iterator[None]:
         """Let the functions that are one operator be seen, for a while, wherever they are named."""
-        functions = frozenset(self.functions)
-        changed: list[tuple[ModuleType, str, Any]] = []
-        for path, module in list(sys.modules.items()) if functions else ():
-            names = getattr(module, "__dict__", {})
-            for name in _names_in(path, len(names), functions) if names else ():
-                value: Any = names.get(name)
-                if any(value is function for function in functions):
-                    changed.append((module, name, value))
-                    setattr(module, name, update_wrapper(partial(self._function, value), value))
-        try:
+        with contextlib.ExitStack() as stack:
+            for module, name, function in self.functions:
+                seen = update_wrapper(partial(self._function, function), function)
+                stack.enter_context(_patched(module, name, seen))
             yield
-        finally:
-            for module, name, value in changed:
-                setattr(module, name, value)
 
     def _function(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.busy:
@@ -266,7 +271,6 @@ class Recorder(TorchFunctionMode):
             return output
         call = self.calls[path]
         self.calls[path] += seen_by_hooks
-        self.record.callers.setdefault(path, set()).add(self.here)
         outer = self.builder
         if fresh := outer is None and path not in self.unread:
             self._begin(path, (args, kwargs))
@@ -276,10 +280,12 @@ class Recorder(TorchFunctionMode):
             if path in self.unread or id(module) in self.leaves:
                 output = self._run_whole(path, module, forward, args, kwargs)
             else:
-                drawn = _random_state()
+                drawn, held = _random_state(), _containers(module)
                 output = self._within(path, forward, args, kwargs)
                 if drawn != _random_state():
                     self.record.moods.setdefault(path, "it draws random numbers of Python's")
+                for name in _changed(module, held):
+                    self._note_change(path, name)
                 if builder is not None and begun is not None:
                     given, before = begun
                     frame = Frame(path, given, builder.noted(output), before, builder.last())
@@ -369,12 +375,12 @@ class Recorder(TorchFunctionMode):
         if what is not None:
             self.record.moods.setdefault(self.here, what)
 
-    def _grad_enabled(self) -> bool:
+    def _grad_enabled(self, plain: Callable[[], bool]) -> bool:
         """Return whether gradients are on, and note that somebody asks."""
         if not self.busy:
             self._note_mood("it asks whether gradients are on")
             self.record.graded = True
-        return _GRAD_ENABLED()
+        return plain()
 
     def _run_function(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         place = here()
@@ -385,6 +391,8 @@ class Recorder(TorchFunctionMode):
             asked = self._argument(self.builder, args), self._argument(self.builder, kwargs)
         plain_args, plain_kwargs = mapped(args, true_value), mapped(kwargs, true_value)
         shows = func.__name__ in SHOW_VALUES
+        if torch.is_inference_mode_enabled():
+            self._note_mood("it runs in inference mode")
         try:
             with self._inside():
                 output = func(*plain_args, **plain_kwargs)
@@ -427,7 +435,7 @@ class Recorder(TorchFunctionMode):
             raise RecursionError(f"the forward has more than {self.longest} operators")
         node = builder.add(op, target, args, kwargs)
         node.meta["where"], node.meta["path"] = place, self.here
-        node.meta["made"] = op != "call_module" and _is_made((args, kwargs))
+        node.meta["made"] = op != "call_module" and not _draws(target) and _is_made((args, kwargs))
         self._describe(node, output)
         for path, leaf in leaves_of(output):
             if isinstance(leaf, Tensor):
@@ -488,7 +496,7 @@ class Recorder(TorchFunctionMode):
                 builder.strange = "it uses a tensor from outside"
                 self._describe(node, tensor)
                 return builder.know(tensor, node)
-        name = f"constant_{len(builder.constants)}"
+        name = f"{CONSTANT}{len(builder.constants)}"
         builder.constants[name] = tensor
         return self._held(builder, tensor, name)
 
@@ -611,9 +619,9 @@ class Recorder(TorchFunctionMode):
             node = self._append(self.builder, "call_function", operation, args, {}, outcome, place)
             node.meta["branch"] = True
         turned = str(place) in self.turned if self.turned else False
-        measured = any(map(_is_measured, operands))
-        self.record.branches.append(Branch(place, bool(outcome), measured))
-        return not outcome if turned and isinstance(outcome, bool) and measured else outcome
+        self.record.branches.add(str(place))
+        turned = turned and isinstance(outcome, bool) and any(map(_is_measured, operands))
+        return not outcome if turned else outcome
 
 
 class SeenByFakes(FakeTensorMode):  # type: ignore[no-untyped-call]
@@ -645,9 +653,75 @@ class SeenByDispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return output
 
 
-_SQUARE_ROOT = math.sqrt
-_LENGTH = len
-_GRAD_ENABLED = torch.is_grad_enabled
+@contextlib.contextmanager
+def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Let an attribute be another one for a while; it may have been patched by others too."""
+    missing = object()
+    before = vars(owner).get(name, missing)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is missing:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+def _is_alike(before: Any, value: Any) -> bool:
+    """Whether an attribute is set to what it was; tensors are looked at elsewhere."""
+    if before is value or isinstance(value, Tensor):
+        return True
+    plain = isinstance(value, bool | int | float | str | tuple)
+    return plain and type(true_value(before)) is type(true_value(value)) and bool(before == value)
+
+
+def _containers(module: nn.Module) -> dict[str, list[Any]]:
+    """Return what the containers hold that are attributes of a module."""
+    return {
+        name: [*value.items()] if isinstance(value, dict) else [*value]
+        for name, value in vars(module).items()
+        if not name.startswith("_") and isinstance(value, dict | list | set | deque)
+    }
+
+
+def _changed(module: nn.Module, before: dict[str, list[Any]]) -> Iterator[str]:
+    """Yield the names of the containers of a module that hold something else by now."""
+    for name, now in _containers(module).items():
+        old = before.get(name, now)
+        same = len(old) == len(now) and all(
+            a is b or (isinstance(a, tuple) and all(x is y for x, y in zip(a, b, strict=False)))
+            for a, b in zip(old, now, strict=True)
+        )
+        if not same:
+            yield name
+
+
+def _draws(target: Any) -> bool:
+    """Whether an operator draws random numbers, which are others in every forward."""
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return name.rstrip("_") in _DRAWS
+
+
+_DRAWS = {
+    "rand",
+    "rand_like",
+    "randn",
+    "randn_like",
+    "randint",
+    "randint_like",
+    "randperm",
+    "bernoulli",
+    "multinomial",
+    "normal",
+    "poisson",
+    "uniform",
+    "random",
+    "exponential",
+    "geometric",
+    "cauchy",
+    "log_normal",
+}
 _MOODS = {
     "dtype": "it asks for a dtype",
     "device": "it asks for a device",
@@ -669,18 +743,19 @@ def _random_state() -> int:
     return hash((random.getstate(), numbers[1].tobytes(), numbers[2:]))
 
 
-@functools.cache
-def _names_in(module: str, count: int, functions: frozenset[Any]) -> tuple[str, ...]:  # noqa: ARG001
-    """Return the names of some functions in a module, which has so many names."""
+def named_functions(functions: Collection[Callable[..., Any]]) -> list[NamedFunction]:
+    """Return under which names some functions stand, in all modules of Python."""
     wanted = {id(function) for function in functions}
-    names = sys.modules[module].__dict__
-    if wanted.isdisjoint(map(id, names.values())):
-        return ()
-    return tuple(name for name, value in names.items() if id(value) in wanted)
+    found: list[NamedFunction] = []
+    for module in list(sys.modules.values()) if wanted else ():
+        names = getattr(module, "__dict__", {})
+        if not wanted.isdisjoint(map(id, names.values())):
+            found += [(module, n, v) for n, v in names.items() if id(v) in wanted]
+    return found
 
 
-def _square_root(number: Any) -> Any:
-    return number**0.5 if isinstance(number, Size | Ratio) else _SQUARE_ROOT(number)
+def _square_root(plain: Callable[[Any], float], number: Any) -> Any:
+    return number**0.5 if isinstance(number, Size | Ratio) else plain(number)
 
 
 def _seen(value: Any) -> Any:

@@ -233,21 +233,6 @@ class ValueRead:
         return f"its forward looks at the values of a tensor ({self.what}){place}"
 
 
-@dataclass(frozen=True, slots=True)
-class Branch:
-    """A comparison of sizes, which the forward may branch on.
-
-    Attributes:
-        where: in the code.
-        outcome: in this recording.
-        measured: whether one of the sizes comes from a tensor.
-    """
-
-    where: Where | None
-    outcome: bool
-    measured: bool
-
-
 @dataclass(slots=True)
 class Record:
     """What one recording has found.
@@ -256,25 +241,25 @@ class Record:
         builders: the graphs, of the model or of pieces, in the order in which they began.
         ran: the calls of all modules; tensors are :class:`Seen`.
         values: where forwards have looked at values.
-        branches: the comparisons of sizes, in order.
+        branches: the places where sizes are compared, which the forward may branch on.
         moods: module -> what its forward depends on or changes that stands in no graph (a dtype, a
             device, whether gradients are on, Python's random numbers).
         dimensions: the sizes that were read from tensors.
         reads: attribute of a module -> the modules that were running when it was read.
-        callers: module -> the modules that were running when it was called.
         outside: module -> why it is not changed: something goes past the forwards that were read.
         modal: whether a forward that was read has looked at the mode (``self.training``).
+        changed: attributes of modules that forwards have changed, but for tensors.
         graded: whether one has asked if gradients are on (``torch.is_grad_enabled()``).
     """
 
     builders: list[Builder] = field(default_factory=list)
     ran: list[Run] = field(default_factory=list)
     values: list[ValueRead] = field(default_factory=list)
-    branches: list[Branch] = field(default_factory=list)
+    branches: set[str] = field(default_factory=set)
     moods: dict[str, str] = field(default_factory=dict)
     dimensions: list[Dimension] = field(default_factory=list)
     reads: dict[Place, set[str]] = field(default_factory=dict)
-    callers: dict[str, set[str]] = field(default_factory=dict)
     outside: dict[str, str] = field(default_factory=dict)
     modal: bool = False
+    changed: set[Place] = field(default_factory=set)
     graded: bool = False

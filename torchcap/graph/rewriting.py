@@ -19,8 +19,10 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from types import EllipsisType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -29,8 +31,8 @@ from torchcap.graph.copies import HOOKS
 from torchcap.graph.records import UNUSED, Frame
 from torchcap.graph.rewritten import Number, Rewriting, Slot
 from torchcap.graph.sizes import Place
-from torchcap.graph.trace import Traced, holds
-from torchcap.nests import leaves_of
+from torchcap.graph.trace import Traced, first_line, holds
+from torchcap.nests import leaves_of, mapped
 
 
 @dataclass(slots=True)
@@ -194,7 +196,10 @@ def rewriting_of(
     for found in bodies.values():
         for other in found[1:]:
             _unify_(found[0], other)
-    graph, *more = [found[0] for found in bodies.values() if found]
+    first = [found[0] for found in bodies.values() if found]
+    if not first:
+        raise Refusal("no call of it comes to its end")
+    graph, *more = first
     for other in more:
         _unify_(graph, other, training=True)
     graph.lint()
@@ -202,7 +207,13 @@ def rewriting_of(
     widths = {str(node.target): node.meta["val"] for node in reads if _is_new(node)}
     for node in graph.nodes:
         node.meta.clear()
-    return Rewriting(path, tuple(numbers), widths, graph, graph.python_code("self").src)
+    code = graph.python_code("self").src
+    rewriting = Rewriting(path, tuple(numbers), widths, graph, code)
+    try:
+        rewriting.module_from(graphs[0].model.get_submodule(path))
+    except Exception as error:  # whatever cannot be said in code
+        raise Refusal(f"it cannot be written down ({first_line(error)})") from error
+    return rewriting
 
 
 def _check_module(model: nn.Module, path: str, moods: Mapping[str, str]) -> None:
@@ -261,6 +272,8 @@ class _Body:
                 missing = parameter.default is parameter.empty
                 value = bound.arguments.get(name, parameter.default)
                 default = () if missing else (parameter.default,)
+                if missing and parameter.kind is parameter.KEYWORD_ONLY:
+                    default = (None,)  # there may be others with a default before it
                 if not missing and not _is_constant(parameter.default):
                     raise Refusal(f"the default of its argument {name!r} is an object")
                 node = self.graph.create_node("placeholder", name, default)
@@ -298,8 +311,8 @@ class _Body:
         held = node.op == "get_attr"
         if node not in self.inside and not number and not held:
             raise Refusal(f"it uses {node.name!r}, which is no argument of its own")
-        args = fx.map_arg(node.args, self._twin)
-        kwargs = fx.map_arg(dict(node.kwargs), self._twin)
+        args = fx.map_arg(_sayable(node.args), self._twin)
+        kwargs = fx.map_arg(_sayable(dict(node.kwargs)), self._twin)
         target = node.target
         if node.op in {"get_attr", "call_module"}:
             if not holds(self.frame.path, str(target)):
@@ -338,6 +351,15 @@ class _Body:
             users = [user for user in node.users if user not in inside and not _is_number(user)]
             if node.op != "get_attr" and users:
                 raise Refusal(f"{node.name!r} is used outside of it")
+
+
+def _sayable(arguments: Any) -> Any:
+    """Return arguments with numbers of NumPy as Python's; refuse what no code can name."""
+    plain = mapped(arguments, lambda leaf: leaf.item() if isinstance(leaf, np.generic) else leaf)
+    for _, leaf in leaves_of(plain):
+        if not isinstance(leaf, (fx.Node, *fx.node.base_types, EllipsisType, type(None))):
+            raise Refusal(f"it hands on a {type(leaf).__name__}")
+    return plain
 
 
 def _is_number(node: fx.Node) -> bool:

@@ -15,11 +15,13 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from operator import setitem
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from torchcap.graph.copies import MOST_SEEN
 
@@ -33,15 +35,21 @@ class Surroundings:
 
     Args:
         model: the original, of which copies are run.
+
+    Attributes:
+        undo: what puts things back.
+        bypass: what lets caches of functions that hold something be neither asked nor filled.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.undo: list[Callable[[], object]] = []
+        self.bypass: list[Callable[[], object]] = []
         self.waiting: deque[Any] = deque()
         for module in model.modules():
             hooks = *module._forward_hooks.values(), *module._forward_pre_hooks.values()
             held = (v for v in vars(module).values() if callable(v) and not isinstance(v, type))
             self.waiting += [*hooks, *held]
+        self.waiting += [*_global_forward_hooks.values(), *_global_forward_pre_hooks.values()]
         self.waiting += {type(module): None for module in model.modules()}
         own = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
         seen: set[int] = set()
@@ -66,6 +74,8 @@ class Surroundings:
         devices = list(range(torch.cuda.device_count())) if cuda else []
         with torch.random.fork_rng(devices):
             try:
+                for step in self.bypass:
+                    step()
                 yield
             finally:
                 random.setstate(python)
@@ -77,7 +87,8 @@ class Surroundings:
                     torch.use_deterministic_algorithms(strict)
                 torch.backends.cudnn.benchmark = benchmark
                 for restore in self.undo:
-                    restore()
+                    with contextlib.suppress(Exception):  # a class may forbid to set its attributes
+                        restore()
 
     def _look_at(self, value: Any) -> None:
         """Note how to put something back, and what is reached through it."""
@@ -91,6 +102,8 @@ class Surroundings:
                 if not _of_a_library(base.__module__):
                     self.undo.append(partial(_restore_class_, base, dict(vars(base))))
                     self.waiting += vars(base).values()
+                    for name, cache in _warm(vars(base)):
+                        self.bypass.append(partial(setattr, base, name, cache.__wrapped__))
         else:
             self.waiting += _parts(value)
 
@@ -108,6 +121,8 @@ class Surroundings:
             if not _of_a_library(space.get("__name__")):
                 named = {name: space.get(name, _NOTHING) for name in names}
                 self.undo.append(partial(_restore_names_, space, named))
+                for name, cache in _warm(named):
+                    self.bypass.append(partial(setitem, space, name, cache.__wrapped__))
                 self.waiting += named.values()
         self.waiting += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         self.waiting += vars(function).values()
@@ -166,11 +181,21 @@ def _restorer(value: Any) -> Callable[[], object] | None:
     for kind, (state, set_state) in _STATES.items():
         if isinstance(value, kind):
             return partial(set_state, value, state(value))
-    held = getattr(value, "__dict__", None)
     owner = value if isinstance(value, types.FunctionType) else type(value)
-    if isinstance(held, dict) and not _of_a_library(owner.__module__):
+    return None if _of_a_library(owner.__module__) else _object_restorer(value)
+
+
+def _object_restorer(value: Any) -> Callable[[], object] | None:
+    held = getattr(value, "__dict__", None)
+    if isinstance(held, dict):
         return partial(_restore_, held, _entries(held))
-    return None
+    slots = [name for base in type(value).__mro__ for name in _names(vars(base).get("__slots__"))]
+    kept = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    return partial(_restore_slots_, value, kept) if kept else None
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots or ())
 
 
 def _array_restorer(value: Tensor | np.ndarray[Any, Any]) -> Callable[[], object] | None:
@@ -229,6 +254,13 @@ def _restore_(container: Any, before: list[Any]) -> None:
     (kind.update if kind is set else kind.extend)(container, before)
 
 
+def _restore_slots_(value: Any, before: Mapping[str, Any]) -> None:
+    """Put back the attributes that an object has without a dictionary."""
+    for name, old in before.items():
+        if getattr(value, name, None) is not old:
+            setattr(value, name, old)
+
+
 def _restore_tensor_(tensor: Tensor, before: Tensor, version: int) -> None:
     """Put a tensor's values back, if it has been written into."""
     if tensor._version != version:
@@ -272,6 +304,11 @@ def forget_(tensors: Iterable[Tensor]) -> bool:
     for cache in holders:
         cache.cache_clear()
     return bool(holders)
+
+
+def _warm(names: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return the caches among some names that hold something."""
+    return [(n, v) for n, v in names.items() if type(v) is _CACHE and v.cache_info().currsize]
 
 
 def _caches() -> Iterator[Any]:

@@ -17,7 +17,7 @@ import gc
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,14 +31,20 @@ from torchcap.errors import ExampleInputsError, TraceError
 from torchcap.graph.calls import written_by
 from torchcap.graph.copies import HOOKS, set_mode, shadow
 from torchcap.graph.inputs import ExampleInputs, Inputs, arranged, as_inputs, default_inputs
-from torchcap.graph.recorder import LeafRule, Recorder, SeenByDispatch, SeenByFakes
-from torchcap.graph.records import Branch, Builder, Dimension, Entry, Frame, Record, Run, Seen
+from torchcap.graph.recorder import (
+    LeafRule,
+    Recorder,
+    SeenByDispatch,
+    SeenByFakes,
+    named_functions,
+)
+from torchcap.graph.records import Builder, Dimension, Entry, Frame, Record, Run, Seen
 from torchcap.graph.sizes import Place, attribute_sizes, put_sizes_
 from torchcap.graph.stand_ins import SHAPES, TRANSFORMERS, plain_transformers
 from torchcap.graph.surroundings import Surroundings, forget_
 from torchcap.nests import mapped, tensors_in
 
-Signature = list[tuple[str, str, str]]
+Signature = list[tuple[str, str, str, Any]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,11 +117,11 @@ class Tracing:
             that were running.
         past: module -> why it is not changed: something goes past the forwards that were read.
         unread: modules whose forward is not read -> why.
-        branches: the comparisons of sizes that a forward may branch on.
         moods: module -> what its forward depends on or changes that stands in no graph.
         dimensions: the sizes that were read from tensors in evaluation mode.
         alone: whether the training mode could not be read.
         graded: whether a forward asks if gradients are on.
+        changing: whether a forward changes attributes, which the next one may ask for.
     """
 
     graphs: tuple[Traced, ...]
@@ -123,11 +129,11 @@ class Tracing:
     reads: Mapping[Place, Set[str]] = field(default_factory=dict)
     past: Mapping[str, str] = field(default_factory=dict)
     unread: Mapping[str, str] = field(default_factory=dict)
-    branches: Sequence[Branch] = ()
     moods: Mapping[str, str] = field(default_factory=dict)
     dimensions: Sequence[Dimension] = ()
     alone: bool = False
     graded: bool = False
+    changing: bool = False
 
     @property
     def evaluations(self) -> tuple[Traced, ...]:
@@ -181,8 +187,9 @@ class Tracer:
         is_leaf: LeafRule,
         functions: Collection[Callable[..., Any]] = (),
     ) -> None:
-        self.model, self.is_leaf, self.functions = model, is_leaf, functions
+        self.model, self.is_leaf = model, is_leaf
         self.surroundings = Surroundings(model)
+        self.named = named_functions(functions)
         self.inputs = default_inputs(model) if example_inputs is None else as_inputs(example_inputs)
         self.plain = False
         self.means = {"eval": Means(), "train": Means()}
@@ -196,15 +203,13 @@ class Tracer:
             ExampleInputsError: if the model does not run on the example inputs.
         """
         found = self._evaluation()
-        if forget_(t for graph in found.graphs for t in graph.constants.values()):
-            found = self._evaluation()  # which sees how these tensors are made
-        graphs, record = _different(found.graphs), found.record
+        graphs, record = different(found.graphs), found.record
         moods = dict(record.moods)
         alone = False
         if record.modal:
             try:
                 training = self._training()
-                graphs = _different([*graphs, *training.graphs])
+                graphs = different([*graphs, *training.graphs])
                 moods |= training.record.moods
             except ExampleInputsError:  # it may want labels, or a larger batch
                 alone = True
@@ -220,11 +225,11 @@ class Tracer:
             record.reads,
             record.outside,
             dict(self.unread),
-            record.branches,
             moods,
             record.dimensions,
             alone,
             record.graded,
+            bool(record.changed),
         )
 
     @property
@@ -275,6 +280,7 @@ class Tracer:
         *,
         training: bool = False,
         gradients: bool = False,
+        earlier: int = 0,
         inputs: Inputs | None = None,
         **changes: Any,
     ) -> Recording:
@@ -283,6 +289,7 @@ class Tracer:
         Args:
             training: in which mode.
             gradients: whether they are on; the parameters want none.
+            earlier: forwards that run before it, on the same copy.
             inputs: others than those of the example.
             changes: what else a :class:`Recorder` may be told.
 
@@ -306,7 +313,7 @@ class Tracer:
             is_leaf=lambda module: id(module) in leaves,
             unread=means.unread,
             shapes={} if fake is None else SHAPES,
-            functions=self.functions,
+            functions=self.named,
             plain=self.plain,
             **changes,
         )
@@ -314,7 +321,7 @@ class Tracer:
             places = attribute_sizes(copied, lambda module: id(module) in leaves)
             put_sizes_(copied, [(at, recorder.size_at(at, at.get(copied))) for at in places])
         try:
-            self._run(recorder, fake, inputs, gradients=gradients)
+            self._run(recorder, fake, inputs, gradients=gradients, earlier=earlier)
         except Exception as error:  # a user's forward may raise anything on a wrong shape
             if recorder.record.values:
                 return Recording([], recorder.record)
@@ -326,7 +333,13 @@ class Tracer:
         return Recording(graphs, recorder.record)
 
     def _run(
-        self, recorder: Recorder, fake: SeenByFakes | None, inputs: Inputs, *, gradients: bool
+        self,
+        recorder: Recorder,
+        fake: SeenByFakes | None,
+        inputs: Inputs,
+        *,
+        gradients: bool,
+        earlier: int,
     ) -> None:
         """Run the forward, and note what is still alive behind it."""
         with (
@@ -338,6 +351,11 @@ class Tracer:
             _eagerly(),
             _unlogged(),
         ):
+            for _ in range(earlier):
+                change = _own if fake is None else partial(_fake, fake)
+                with fake or contextlib.nullcontext():
+                    args, kwargs = mapped((inputs.args, dict(inputs.kwargs)), change)
+                    recorder.model(*args, **kwargs)
             if fake is None:
                 args, kwargs = mapped((inputs.args, dict(inputs.kwargs)), _own)
                 given = arranged(self.model, Inputs(args, kwargs))
@@ -384,14 +402,13 @@ def holds(outer: str, inner: str) -> bool:
     return not outer or inner.startswith(f"{outer}.")
 
 
-def _different(graphs: Sequence[Traced]) -> list[Traced]:
-    """Return the graphs, without those that say what an earlier one of the same piece says."""
+def different(graphs: Iterable[Traced], known: Iterable[Traced] = ()) -> list[Traced]:
+    """Return the graphs that say something else than those before them, and than known ones."""
     found: list[Traced] = []
-    known: list[tuple[str, Signature]] = []
+    told = [(graph.piece, graph.signature) for graph in known]
     for graph in graphs:
-        told = graph.piece, graph.signature
-        if told not in known:
-            known.append(told)
+        if (graph.piece, graph.signature) not in told:
+            told.append((graph.piece, graph.signature))
             found.append(graph)
     return found
 
@@ -465,8 +482,27 @@ def _traced(model: nn.Module, builder: Builder, mode: str, unread: Mapping[str, 
         dict(builder.constants),
         builder.settled(),
         builder.strange,
-        signature=[(n.op, str(n.target), str((n.args, n.kwargs))) for n in builder.graph.nodes],
+        signature=[
+            (
+                n.op,
+                str(n.target),
+                str((n.args, n.kwargs)),
+                _told(builder.constants.get(str(n.target))),
+            )
+            for n in builder.graph.nodes
+        ],
     )
+
+
+def _told(constant: Tensor | None) -> Any:
+    """Return what tells a constant of one recording from that of another."""
+    if constant is None or constant.is_meta or hasattr(constant, "fake_mode"):
+        return None
+    values = constant.detach().cpu().tolist() if constant.numel() <= _MOST_TOLD else None
+    return tuple(constant.shape), hash(str(values))
+
+
+_MOST_TOLD = 2**16
 
 
 @contextlib.contextmanager

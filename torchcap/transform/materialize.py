@@ -141,6 +141,7 @@ def erase_identities_(graph_module: nn.Module, paths: Iterable[str]) -> None:
         if node.target in gone:
             node.replace_all_uses_with(node.args[0])
             graph_module.graph.erase_node(node)
-    graph_module.delete_all_unused_submodules()
+    for path in gone:
+        graph_module.delete_submodule(path)
     graph_module.graph.lint()
     graph_module.recompile()
