@@ -1043,7 +1043,7 @@ def spectral_weight(m: Quirky, y: Tensor) -> Tensor:
 @quirk(free=True)
 def without_gradients(m: Quirky, y: Tensor) -> Tensor:
     with torch.no_grad():
-        gate = y.mean((1, 2, 3), keepdim=True).sigmoid() if False else 0.5
+        gate = y.mean((2, 3), keepdim=True).sigmoid()
     return y * gate
 
 
@@ -1178,7 +1178,19 @@ class World:
     def state(self) -> tuple[Any, ...]:
         states = self.number.getstate(), self.array.bit_generator.state
         tensors = self.tensor.get_state().tolist(), self.counts.tolist(), self.mean.tolist()
-        return *states, *tensors, World.calls, CALLS, "FIRST" in globals(), calls_of(doubled)
+        return (
+            *states,
+            *tensors,
+            World.calls,
+            CALLS,
+            "FIRST" in globals(),
+            calls_of(doubled),
+            noises(),
+        )
+
+
+def noises() -> tuple[Any, ...]:
+    return SLOTTED.count, noise(8).tolist(), noise(12).tolist()
 
 
 CALLS = 0
@@ -1215,3 +1227,79 @@ def changes_the_world(m: Quirky, y: Tensor) -> Tensor:
     WORLD.counts[0] += 1
     WORLD.mean.add_(1)
     return doubled(y)
+
+
+def counts_its_calls(m: Quirky) -> None:
+    m.calls = 0
+
+
+@quirk(setup=counts_its_calls, free=False)
+def later_calls_turn_the_channels(m: Quirky, y: Tensor) -> Tensor:
+    m.calls += 1
+    return y.flip(1) if m.calls > 1 else y
+
+
+@quirk(setup=counts_its_calls, free=True)
+def counts_and_does_the_same(m: Quirky, y: Tensor) -> Tensor:
+    m.calls += 1
+    return y
+
+
+@quirk(free=False)
+def turns_the_channels_by_chance(m: Quirky, y: Tensor) -> Tensor:
+    return y.flip(1) if m.training and torch.rand(()) < 0.05 else y
+
+
+@functools.lru_cache
+def noise(width: int) -> Tensor:
+    return torch.randn(width, dtype=torch.float64)
+
+
+noise(8), noise(12)
+
+
+@quirk(free=True)
+def noise_of_a_cache(m: Quirky, y: Tensor) -> Tensor:
+    return y + noise(y.shape[3])
+
+
+@quirk(free=False)
+def width_through_numpy(m: Quirky, y: Tensor) -> Tensor:
+    return y * torch.from_numpy(np.array([1.0 / y.shape[1]]))
+
+
+@quirk(free=False)
+def width_in_a_constructor(m: Quirky, y: Tensor) -> Tensor:
+    return y * torch.DoubleTensor([1.0 / y.shape[1]])
+
+
+@quirk()
+def asks_its_norm(m: Quirky, y: Tensor) -> Tensor:
+    y = m.norm(m.c(y))
+    return y.flatten(2).view(len(y), m.norm.num_features, *y.shape[2:]) * (m.norm.eps * 1e5)
+
+
+KEPT: dict[str, Tensor] = {}
+
+
+@quirk(setup=lambda m: m.c.register_forward_hook(lambda _m, _i, o: KEPT.update(o=o)) and None)
+def features_before_a_norm(m: Quirky, y: Tensor) -> Tensor:
+    return m.norm(m.c(y)).relu()
+
+
+class Slotted:
+    """Counts in an attribute without a dictionary."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+SLOTTED = Slotted()
+
+
+@quirk(free=True)
+def counts_in_a_slot(m: Quirky, y: Tensor) -> Tensor:
+    SLOTTED.count += 1
+    return y

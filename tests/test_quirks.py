@@ -23,7 +23,7 @@ from quirks import GLOBAL, QUIRKS, WORLD, Net
 from small_nets import fingerprint
 from torch import Tensor, nn
 
-from torchcap import NothingToCompressError, analyze, compress, materialize
+from torchcap import NothingToCompressError, analyze, compress, materialize, prepare
 from torchcap.graph.copies import copied
 
 
@@ -105,3 +105,17 @@ def test_odd_code_is_compressed_or_left_alone(kind: str) -> None:
 def test_odd_code_in_a_row(kinds: list[str]) -> None:
     """Whatever stands beside it, nothing is wrong, and nothing crashes."""
     check(built(*kinds))
+
+
+def test_features_kept_before_a_norm_are_what_they_were() -> None:
+    layers = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+    model = nn.Sequential(*layers, nn.Conv2d(8, 2, 3)).double().eval()
+    randomize_(model, torch.Generator().manual_seed(0))
+    kept: dict[str, Tensor] = {}
+    model[1].register_forward_hook(lambda _module, _input, output: kept.update(output=output))
+    model(image())
+    expected = kept["output"]
+    student = prepare(model, ratio=1.0, example_inputs=image()).eval()
+    student(image())
+    assert kept["output"] is not expected
+    assert relative_difference(kept["output"], expected) <= 1e-12

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -81,19 +81,18 @@ def other_calls(tracer: Tracer, tracing: Tracing) -> list[Traced]:
         tracing: what has been read of it.
     """
     graphs: list[Traced] = []
+    circumstances: list[dict[str, Any]] = [{"gradients": True}] * tracing.graded
+    circumstances += [{"earlier": 1}, {"earlier": 2}] * tracing.changing
     for mode in sorted({graph.mode for graph in tracing.graphs}):
-        for other in _circumstances(tracing):
+        for other in circumstances:
+            fresh: list[Traced] = []
             with contextlib.suppress(Exception):  # it may want parameters that have gradients
                 found = tracer.record(training=mode == "train", **other)
-                graphs += _turned(found.graphs, [*tracing.graphs, *graphs])
+                fresh = _turned(found.graphs, [*tracing.graphs, *graphs])
+            graphs += fresh
+            if "earlier" in other and not fresh:
+                break
     return graphs
-
-
-def _circumstances(tracing: Tracing) -> Iterator[dict[str, Any]]:
-    if tracing.graded:
-        yield {"gradients": True}
-    if tracing.changing:
-        yield from ({"earlier": 1}, {"earlier": 2})
 
 
 def _turned(graphs: Sequence[Traced], known: Sequence[Traced]) -> list[Traced]:

@@ -71,7 +71,7 @@ class Recorder(TorchFunctionMode):
         owners: id of a parameter or buffer -> its place.
         is_leaf: which modules are one operator.
         unread: qualified names of the modules whose own forward is not read, but what they call.
-        shapes: module class -> what runs in the place of its forward, to give shapes alone.
+        stand_ins: module class -> what runs in the place of its forward.
         functions: where Python functions are named that are one operator each.
         lies: keys of the sizes about which C is told another value.
         turned: places of comparisons whose outcome is turned round.
@@ -86,7 +86,7 @@ class Recorder(TorchFunctionMode):
         owners: Mapping[int, Place],
         is_leaf: LeafRule,
         unread: Collection[str] = (),
-        shapes: Mapping[type[nn.Module], Callable[..., Any]] | None = None,
+        stand_ins: Mapping[type[nn.Module], Callable[..., Any]] | None = None,
         functions: Collection[NamedFunction] = (),
         lies: Collection[tuple[Any, ...]] = (),
         turned: Collection[str] = (),
@@ -95,7 +95,7 @@ class Recorder(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.model, self.owners, self.unread = model, owners, frozenset(unread)
-        self.shapes, self.functions = shapes or {}, functions
+        self.stand_ins, self.functions = stand_ins or {}, functions
         self.lies, self.turned = frozenset(lies), frozenset(turned)
         self.longest, self.plain = longest, plain
         self.record = Record()
@@ -319,7 +319,7 @@ class Recorder(TorchFunctionMode):
             output = self._within(path, forward, args, kwargs)
             self._keep_all(output, f"put out by {path!r}")
         else:
-            shape = self.shapes.get(type(module))
+            shape = self.stand_ins.get(type(module))
             run = forward if shape is None else partial(shape, module)
             with self._inside():
                 output = run(*args, **kwargs)

@@ -210,7 +210,7 @@ def rewriting_of(
     code = graph.python_code("self").src
     rewriting = Rewriting(path, tuple(numbers), widths, graph, code)
     try:
-        rewriting.module_from(graphs[0].model.get_submodule(path))
+        rewriting.class_from(type(graphs[0].model.get_submodule(path)))
     except Exception as error:  # whatever cannot be said in code
         raise Refusal(f"it cannot be written down ({first_line(error)})") from error
     return rewriting

@@ -66,10 +66,27 @@ class Rewriting:
         for path, width in self.widths.items():
             owner, _, name = path.rpartition(".")
             vars(module.get_submodule(owner)).setdefault(name, width)
-        module.__class__ = _class_of(original_class(type(module)), self)
+        module.__class__ = self.class_from(type(module))
+
+    def class_from(self, kind: type[nn.Module]) -> type[nn.Module]:
+        """Return a class with the new forward, and all else of another one."""
+        original = original_class(kind)
+        own = {
+            "_original": original,
+            "_rewriting": self,
+            "forward": _compiled(original, self),
+            "__module__": original.__module__,
+            "__qualname__": original.__qualname__,
+            "__doc__": original.__doc__,
+        }
+        bases = (Rewritten, original)
+        return types.new_class(original.__name__, bases, {}, lambda names: names.update(own))
 
     def module_from(self, module: nn.Module) -> nn.Module:
-        """Return a module that holds what another one does, without its hooks, with the forward."""
+        """Return a module that holds what another one does, without its hooks, with the forward.
+
+        Both hold the same modules, which get the attributes that the forward reads from them.
+        """
         twin = object.__new__(type(module))
         nn.Module.__init__(twin)
         own = {n: v for n, v in vars(module).items() if "hook" not in n or n not in vars(twin)}
@@ -110,20 +127,7 @@ def original_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 def _blank(kind: type[nn.Module], rewriting: Rewriting) -> nn.Module:
     """Return a module that holds nothing yet."""
-    return object.__new__(_class_of(kind, rewriting))
-
-
-def _class_of(kind: type[nn.Module], rewriting: Rewriting) -> type[nn.Module]:
-    """Return a class with a new forward, and all else of another one."""
-    own = {
-        "_original": kind,
-        "_rewriting": rewriting,
-        "forward": _compiled(kind, rewriting),
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
-        "__doc__": kind.__doc__,
-    }
-    return types.new_class(kind.__name__, (Rewritten, kind), {}, lambda names: names.update(own))
+    return object.__new__(rewriting.class_from(kind))
 
 
 def _compiled(kind: type[nn.Module], rewriting: Rewriting) -> types.FunctionType:

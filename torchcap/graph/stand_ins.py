@@ -1,7 +1,8 @@
-"""What runs in place of some modules while a forward is recorded on fake tensors.
+"""What runs in place of some modules while a forward is recorded.
 
 Fake tensors take norms and recurrent layers apart into many operators, which would be most of the
-time of a reading; what is wanted of them are the shapes alone.
+time of a reading; what is wanted of them are the shapes alone. On real tensors large layers would
+be, and what is wanted of them are values as random weights would give them.
 """
 
 from __future__ import annotations
@@ -63,3 +64,30 @@ SHAPES: Mapping[type[nn.Module], Callable[..., Any]] = {
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d), _normed),
     **dict.fromkeys((nn.RNN, nn.GRU, nn.LSTM), _remembered),
 }
+"""What runs on fake tensors."""
+
+
+_MOST_COMPUTED = 10**8
+"""Multiply-adds of a layer up to which it is computed."""
+
+
+def _noise(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Return noise of the size that a layer's output has, if computing that would take long."""
+    weight: Any = layer.weight
+    held = {name: parameter.to("meta") for name, parameter in layer.named_parameters()}
+    shape = torch.func.functional_call(layer, held, (x.to("meta"), *args), kwargs).shape
+    outputs = int(getattr(layer, "out_channels", 0) or weight.shape[0])
+    each = weight.numel() // outputs  # inputs of one output, or nearly so
+    if shape.numel() * each <= _MOST_COMPUTED:
+        return type(layer).forward(layer, x, *args, **kwargs)
+    generator = torch.Generator(x.device).manual_seed(shape.numel())
+    some = torch.randn(2**16 + 1, generator=generator, device=x.device)
+    scale = (weight.float().square().mean() * x.float().square().mean() * each).sqrt()
+    noise = (scale * some).to(x.dtype)
+    return noise.repeat(shape.numel() // len(noise) + 1)[: shape.numel()].view(shape)
+
+
+NOISE: Mapping[type[nn.Module], Callable[..., Any]] = dict.fromkeys(
+    (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), _noise
+)
+"""What runs on real tensors."""

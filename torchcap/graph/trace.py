@@ -40,7 +40,7 @@ from torchcap.graph.recorder import (
 )
 from torchcap.graph.records import Builder, Dimension, Entry, Frame, Record, Run, Seen
 from torchcap.graph.sizes import Place, attribute_sizes, put_sizes_
-from torchcap.graph.stand_ins import SHAPES, TRANSFORMERS, plain_transformers
+from torchcap.graph.stand_ins import NOISE, SHAPES, TRANSFORMERS, plain_transformers
 from torchcap.graph.surroundings import Surroundings, forget_
 from torchcap.nests import mapped, tensors_in
 
@@ -312,7 +312,7 @@ class Tracer:
             owners=_owners(copied, self.model),
             is_leaf=lambda module: id(module) in leaves,
             unread=means.unread,
-            shapes={} if fake is None else SHAPES,
+            stand_ins=NOISE if fake is None else SHAPES,
             functions=self.named,
             plain=self.plain,
             **changes,
