@@ -179,14 +179,20 @@ class RandomSelection:
 
 
 def selection_error(
-    model: nn.Module, plan: Plan, inputs: Any, seed: int = 0, *, streams: bool = False
+    model: nn.Module,
+    plan: Plan,
+    inputs: Any,
+    seed: int = 0,
+    *,
+    streams: bool = False,
+    graph: SpaceGraph | None = None,
 ) -> float | None:
     """Return how far a small model is from the original where the dropped channels are zeros.
 
     Norms count the channels that they run over, so their spaces keep the full width. None where no
     space is left.
     """
-    graph = analyze(model, inputs, streams=streams)
+    graph = graph or analyze(model, inputs, streams=streams)
     ranks = {n: rank for n, rank in plan.ranks.items() if not _is_normed(model, graph[n])}
     if not ranks:
         return None

@@ -140,7 +140,9 @@ SUBJECTS: dict[str, Subject] = {
     "torchvision/resnext50_32x4d": Subject(models.resnext50_32x4d),
     "torchvision/mnasnet1_0": Subject(models.mnasnet1_0),
     "torchvision/convnext_tiny": Subject(convnext),
-    "timm/convnext_tiny": Subject(from_timm("convnext_tiny")),
+    "timm/convnext_tiny": Subject(
+        lambda: timm.create_model("convnext_tiny", depths=(1, 1, 2, 1), dims=(48, 96, 192, 384))
+    ),
     "torchvision/shufflenet_v2_x1_0": Subject(models.shufflenet_v2_x1_0),
     "torchvision/fcn_resnet50": Subject(segmentation("fcn_resnet50")),
     "torchvision/deeplabv3_resnet50": Subject(segmentation("deeplabv3_resnet50")),
