@@ -55,11 +55,13 @@ VANISHED = 1e-20  # of the largest gradient
 SOLVED = 1e-5  # relative, where a ridge regression is to find what there was
 SECTION = {"segmentation": 224, "detection": 320, "optical_flow": 128}  # height and width
 # What a detector is made of. Which boxes it puts out hangs on ties, which rounding breaks.
-DETECTORS = (
-    "backbone", "head", "rpn.head",
-    *(f"roi_heads.{what}_{part}" for what in ("box", "mask", "keypoint")
-      for part in ("head", "predictor")),
-)  # fmt: skip
+DETECTORS = {
+    **{path: (path,) for path in ("backbone", "head", "rpn.head")},
+    **{
+        f"roi_heads.{what}_head": (f"roi_heads.{what}_head", f"roi_heads.{what}_predictor")
+        for what in ("box", "mask", "keypoint")
+    },
+}
 COUNTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 Record = dict[str, Any]
@@ -425,7 +427,13 @@ def look(model: nn.Module, inputs: Inputs, sections: Sections) -> Any:
     """Return the outputs of all sections, or where there are none, of the model."""
     if not sections:
         return run(model, inputs)
-    return [run(model.get_submodule(path), args) for path, args in sections.items()]
+    return [run(section(model, path), args) for path, args in sections.items()]
+
+
+def section(model: nn.Module, path: str) -> nn.Module:
+    """Return a part of a detector: a head goes with what predicts from its features."""
+    parts = [model.get_submodule(part) for part in DETECTORS.get(path, (path,))]
+    return parts[0] if len(parts) == 1 else nn.Sequential(*parts)
 
 
 def tensors_of(output: Any) -> list[Tensor]:
@@ -662,7 +670,8 @@ def prove_gradients(subject: Subject) -> str:
     parts = subject.sections or {"": subject.inputs}
     empty = [p for p, given in parts.items() if any(not t.numel() for t in tensors_of(given))]
     names = [space.name for space in subject.graph.free if space.freedom != "selection"]
-    idle = {n for n in names if not any(n.startswith(f"{path}.") for path in empty)}
+    outside = [f"{part}." for path in empty for part in DETECTORS.get(path, (path,))]
+    idle = {name for name in names if not any(map(name.startswith, outside))}
     if not names:
         raise Skip("every free space is a selection, which is not trained")
     for seed, sign in product(range(STARTS), (1, -1)):
@@ -706,7 +715,7 @@ def _gradients(
     """Differentiate a random function of what a student, or each of its sections, puts out."""
     student.train()
     try:
-        output = [call(student.get_submodule(p), a) for p, a in parts.items()]
+        output = [call(section(student, path), given) for path, given in parts.items()]
         generator = torch.Generator().manual_seed(0)
         loss = sum(
             (tensor * torch.randn(tensor.shape, generator=generator).to(tensor)).sum()

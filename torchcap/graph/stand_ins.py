@@ -74,8 +74,10 @@ _MOST_COMPUTED = 10**8
 def _noise(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Return noise of the size that a layer's output has, if computing that would take long."""
     weight: Any = layer.weight
-    held = {name: parameter.to("meta") for name, parameter in layer.named_parameters()}
-    shape = torch.func.functional_call(layer, held, (x.to("meta"), *args), kwargs).shape
+    twin = object.__new__(type(layer))
+    held = {n: p if p is None else nn.Parameter(p.to("meta")) for n, p in layer._parameters.items()}
+    vars(twin).update({**vars(layer), "_parameters": held})
+    shape = type(layer).forward(twin, x.to("meta"), *args, **kwargs).shape
     outputs = int(getattr(layer, "out_channels", 0) or weight.shape[0])
     each = weight.numel() // outputs  # inputs of one output, or nearly so
     if shape.numel() * each <= _MOST_COMPUTED:
