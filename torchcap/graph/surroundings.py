@@ -45,6 +45,7 @@ class Surroundings:
         self.undo: list[Callable[[], object]] = []
         self.bypass: list[Callable[[], object]] = []
         self.waiting: deque[Any] = deque()
+        self.copied = 0
         for module in model.modules():
             hooks = *module._forward_hooks.values(), *module._forward_pre_hooks.values()
             held = (v for v in vars(module).values() if callable(v) and not isinstance(v, type))
@@ -92,7 +93,12 @@ class Surroundings:
 
     def _look_at(self, value: Any) -> None:
         """Note how to put something back, and what is reached through it."""
-        if (restore := _restorer(value)) is not None:
+        if isinstance(value, Tensor | np.ndarray):
+            self.copied += int(np.prod(value.shape))
+            restore = _array_restorer(value) if self.copied <= _MOST_COPIED else None
+        else:
+            restore = _restorer(value)
+        if restore is not None:
             self.undo.append(restore)
         if isinstance(value, types.FunctionType):
             if not _of_a_library(value.__module__):
@@ -176,8 +182,6 @@ def _restorer(value: Any) -> Callable[[], object] | None:
     """Return what puts an object back into its present state; None for what has none to keep."""
     if isinstance(value, (dict, *_CONTAINERS)):
         return partial(_restore_, value, _entries(value))
-    if isinstance(value, Tensor | np.ndarray):
-        return _array_restorer(value)
     for kind, (state, set_state) in _STATES.items():
         if isinstance(value, kind):
             return partial(set_state, value, state(value))
@@ -200,11 +204,8 @@ def _names(slots: Any) -> tuple[str, ...]:
 
 def _array_restorer(value: Tensor | np.ndarray[Any, Any]) -> Callable[[], object] | None:
     if isinstance(value, np.ndarray):
-        small = value.size <= _MOST_COPIED and value.flags.writeable
-        return partial(np.copyto, value, value.copy()) if small else None
+        return partial(np.copyto, value, value.copy()) if value.flags.writeable else None
     if type(value) not in {Tensor, nn.Parameter} or value.is_inference():
-        return None
-    if value.numel() > _MOST_COPIED:
         return None
     return partial(_restore_tensor_, value, value.detach().clone(), value._version)
 
@@ -218,7 +219,8 @@ _STATES: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], object]]] =
         lambda generator, state: setattr(generator.bit_generator, "state", state),
     ),
 }
-_MOST_COPIED = 2**20
+_MOST_COPIED = 2**24
+"""Entries of all tensors and arrays that are copied; what further ones hold is not put back."""
 _NOTHING = object()
 _CONTAINERS: tuple[Any, ...] = (list, set, deque)
 
