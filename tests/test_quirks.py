@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from proofs import (
     identity_error,
@@ -102,6 +102,7 @@ def test_odd_code_is_compressed_or_left_alone(kind: str) -> None:
     suppress_health_check=[HealthCheck.too_slow],
 )
 @given(st.lists(st.sampled_from(sorted(QUIRKS)), min_size=2, max_size=3))
+@example(["branch_on_the_image_to_another_layer", "kind_of_integer"])
 def test_odd_code_in_a_row(kinds: list[str]) -> None:
     """Whatever stands beside it, nothing is wrong, and nothing crashes."""
     check(built(*kinds))

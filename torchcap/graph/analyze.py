@@ -136,7 +136,8 @@ class Reader:
         found = _read(tracer, operators, streams=self.streams, most=most)
         if found.mismatch is not None:  # to ``type(n) is int`` a size is none
             tracer.plain = True
-            found = _read(tracer, operators, streams=self.streams, most=most)
+            sides = found.sides  # plain sizes do not tell where they are compared
+            found = _read(tracer, operators, streams=self.streams, most=most, sides=sides)
         if found.mismatch is not None:
             raise TraceError(
                 f"the reading of {type(model).__name__!r} does not hold: run on the same inputs, "
@@ -192,14 +193,26 @@ def _inner_attribute(model: Any) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A reading, and where its proof failed; None if it did not."""
+    """A reading.
+
+    Attributes:
+        graph: the spaces.
+        mismatch: where its proof failed; None if it did not.
+        sides: what forwards may do in other ways than in the example.
+    """
 
     graph: SpaceGraph
     mismatch: str | None = None
+    sides: Sequence[Traced] = ()
 
 
 def _read(
-    tracer: Tracer, operators: Mapping[Target, Operator], *, streams: bool, most: float
+    tracer: Tracer,
+    operators: Mapping[Target, Operator],
+    *,
+    streams: bool,
+    most: float,
+    sides: Sequence[Traced] = (),
 ) -> _Found:
     tracing = tracer.tracing()
     opened = Opened(tracer.model)
@@ -207,7 +220,7 @@ def _read(
     reading, graph = _open(opened, tracing, interpret)
     escaped = escaped_sizes(tracer, tracing, reading.silent_sizes())
     more, unread = other_sides(tracer, tracing, reading.branches())
-    more += [*escaped.graphs, *other_calls(tracer, tracing)]
+    more += [*escaped.graphs, *other_calls(tracer, tracing), *sides]
     notes: list[str] = []
     proving = not on_meta(tracer.model) and graph.macs <= most > 0
     if most > 0:
@@ -219,9 +232,9 @@ def _read(
             proof = prove(tracer, tracing)
             if proof.values:
                 tracer.means["eval"].real = True
-                return _read(tracer, operators, streams=streams, most=most)
+                return _read(tracer, operators, streams=streams, most=most, sides=sides)
             if proof.mismatch is not None:
-                return _Found(graph, proof.mismatch)
+                return _Found(graph, proof.mismatch, more)
             if proof.missing is not None:
                 notes.append(f"not proven: {proof.missing}")
             more = [*more, *proof.graphs]
