@@ -56,7 +56,8 @@ SOLVED = 1e-5  # relative, where a ridge regression is to find what there was
 SECTION = {"segmentation": 224, "detection": 320, "optical_flow": 128}  # height and width
 # What a detector is made of. Which boxes it puts out hangs on ties, which rounding breaks.
 DETECTORS = {
-    **{path: (path,) for path in ("backbone", "head", "rpn.head")},
+    "backbone": ("backbone", "head"),
+    "rpn.head": ("rpn.head",),
     **{
         f"roi_heads.{what}_head": (f"roi_heads.{what}_head", f"roi_heads.{what}_predictor")
         for what in ("box", "mask", "keypoint")
@@ -431,9 +432,19 @@ def look(model: nn.Module, inputs: Inputs, sections: Sections) -> Any:
 
 
 def section(model: nn.Module, path: str) -> nn.Module:
-    """Return a part of a detector: a head goes with what predicts from its features."""
-    parts = [model.get_submodule(part) for part in DETECTORS.get(path, (path,))]
-    return parts[0] if len(parts) == 1 else nn.Sequential(*parts)
+    """Return a part of a detector: a space may lead from a part to that which reads it."""
+    modules = dict(model.named_modules())
+    parts = [modules[part] for part in DETECTORS.get(path, (path,)) if part in modules]
+    return parts[0] if len(parts) == 1 else InARow(*parts)
+
+
+class InARow(nn.Sequential):
+    """Parts of a detector, one after another."""
+
+    def forward(self, x: Any) -> Any:
+        for part in self:
+            x = part(list(x.values()) if isinstance(x, Mapping) else x)
+        return x
 
 
 def tensors_of(output: Any) -> list[Tensor]:
