@@ -1287,6 +1287,16 @@ def features_before_a_norm(m: Quirky, y: Tensor) -> Tensor:
     return m.norm(m.c(y)).relu()
 
 
+def has_run(m: Quirky) -> None:
+    m.states = (torch.ones(2, WIDTH, 12, 12), torch.ones(1))
+
+
+@quirk(setup=has_run, free=False)
+def keeps_its_states_in_a_tuple(m: Quirky, y: Tensor) -> Tensor:
+    m.states = y, y.mean()
+    return y
+
+
 class Slotted:
     """Counts in an attribute without a dictionary."""
 

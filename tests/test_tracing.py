@@ -31,6 +31,7 @@ from torchcap import (
 )
 from torchcap.graph.analyze import leaf_rule
 from torchcap.graph.rules import OPERATORS
+from torchcap.graph.stand_ins import NOISE
 from torchcap.graph.trace import Tracer, Tracing
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -254,3 +255,14 @@ def test_functions_may_write_into_the_lists_that_they_get() -> None:
     assert [space.name for space in analyze(model, torch.zeros(1, 3, 8, 8)).free] == ["conv"]
     small = compress(model, [torch.randn(4, 3, 8, 8)], recipe=Recipe.seconds())
     assert small.conv.out_channels == 2
+
+
+def test_large_layers_are_stood_in_for_by_noise_of_their_size() -> None:
+    large, small = nn.Conv2d(64, 128, 3, padding=1), nn.Conv2d(3, 4, 3, stride=2)
+    x = torch.randn(1, 64, 64, 64)
+    found, expected = NOISE[nn.Conv2d](large, x), large(x)
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    assert not torch.equal(found, expected)
+    assert 0.5 <= float(found.detach().std() / expected.detach().std()) <= 2
+    assert torch.equal(NOISE[nn.Conv2d](small, x[:, :3]), small(x[:, :3]))

@@ -319,8 +319,8 @@ class Recorder(TorchFunctionMode):
             output = self._within(path, forward, args, kwargs)
             self._keep_all(output, f"put out by {path!r}")
         else:
-            shape = self.stand_ins.get(type(module))
-            run = forward if shape is None else partial(shape, module)
+            stand_in = self.stand_ins.get(type(module))
+            run = forward if stand_in is None else partial(stand_in, module)
             with self._inside():
                 output = run(*args, **kwargs)
         if builder is not None:
@@ -672,8 +672,14 @@ def _is_alike(before: Any, value: Any) -> bool:
     """Whether an attribute is set to what it was; tensors are looked at elsewhere."""
     if before is value or isinstance(value, Tensor):
         return True
-    plain = isinstance(value, bool | int | float | str | tuple)
-    return plain and type(true_value(before)) is type(true_value(value)) and bool(before == value)
+    if isinstance(before, tuple) and isinstance(value, tuple) and len(before) == len(value):
+        return all(map(_is_alike, before, value))
+    before, value = true_value(before), true_value(value)
+    return (
+        isinstance(value, bool | int | float | str)
+        and type(before) is type(value)
+        and (before == value)
+    )
 
 
 def _containers(module: nn.Module) -> dict[str, list[Any]]:
