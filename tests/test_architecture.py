@@ -40,6 +40,7 @@ ORDER = (
     "torchcap.graph.proof",
     "torchcap.graph.legend",
     "torchcap.graph.spaces",
+    "torchcap.graph.kinds",
     "torchcap.graph.weights",
     "torchcap.graph.values",
     "torchcap.graph.numbers",

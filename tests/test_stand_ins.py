@@ -11,8 +11,9 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils._pytree import tree_map
+from torchvision.ops import nms
 
-from torchcap.graph.stand_ins import SHAPES, plain_transformers
+from torchcap.graph.stand_ins import OPERATORS, SHAPES, plain_transformers
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "norm of features": (lambda: nn.BatchNorm1d(4), (3, 4)),
@@ -55,3 +56,11 @@ def test_switches_are_as_before_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), plain_transformers():
         _ = 1 / torch.backends.mha.get_fastpath_enabled()
     assert torch.backends.mha.get_fastpath_enabled() == before
+
+
+@pytest.mark.parametrize(("count", "apart"), [(2500, 10.0), (1500, 1.0)])
+def test_boxes_are_kept_as_if_many_of_them_did_not_overlap(count: int, apart: float) -> None:
+    corner = apart * torch.arange(float(count))[:, None]
+    boxes, scores = torch.cat([corner, corner, corner + 5, corner + 5], dim=1), torch.rand(count)
+    found = OPERATORS["torchvision.nms.default"](nms, boxes, scores, 0.5)
+    assert torch.equal(found, nms(boxes, scores, 0.5))

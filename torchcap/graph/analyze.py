@@ -18,7 +18,8 @@ from torchcap.graph.branches import other_calls, other_sides
 from torchcap.graph.escapes import escaped_sizes
 from torchcap.graph.inputs import ExampleInputs
 from torchcap.graph.interpret import Interpretation
-from torchcap.graph.proof import prove, untrue
+from torchcap.graph.kinds import NOTHING_ASKED, Asked, asked_kinds, later_kinds
+from torchcap.graph.proof import Kinds, Proof, prove, untrue
 from torchcap.graph.recorder import LeafRule
 from torchcap.graph.rewriting import Opened, Refusal, rewriting_of
 from torchcap.graph.rewritten import Rewriting
@@ -213,40 +214,52 @@ def _read(
     streams: bool,
     most: float,
     sides: Sequence[Traced] = (),
+    asked: Asked = NOTHING_ASKED,
 ) -> _Found:
+    again = partial(_read, tracer, operators, streams=streams, most=most, sides=sides)
     tracing = tracer.tracing()
     opened = Opened(tracer.model)
-    interpret = partial(Interpretation, tracer.model, operators=operators, streams=streams)
+    interpret = partial(
+        Interpretation, tracer.model, operators=operators, streams=streams, asked=asked
+    )
     reading, graph = _open(opened, tracing, interpret)
     escaped = escaped_sizes(tracer, tracing, reading.silent_sizes())
     more, unread = other_sides(tracer, tracing, reading.branches())
     more += [*escaped.graphs, *other_calls(tracer, tracing), *sides]
-    notes: list[str] = []
-    proving = not on_meta(tracer.model) and graph.macs <= most > 0
-    if most > 0:
-        if on_meta(tracer.model):
-            notes.append("not proven: the model has no weights (meta device)")
-        elif not proving:
-            notes.append("not proven, because a forward is long; prepare() and compress() do it")
-        else:
-            proof = prove(tracer, tracing)
-            if proof.values:
-                tracer.means["eval"].real = True
-                return _read(tracer, operators, streams=streams, most=most, sides=sides)
-            if proof.mismatch is not None:
-                return _Found(graph, proof.mismatch, more)
-            if proof.missing is not None:
-                notes.append(f"not proven: {proof.missing}")
-            more = [*more, *proof.graphs]
+    kinds = later_kinds(tracer.model, graph, opened.by_module())
+    proof = _proof(tracer, tracing, kinds, graph, most)
+    if proof.values:
+        tracer.means["eval"].real = True
+        return again(asked=asked)
+    if not proof.holds and (proof.run or most == 0):
+        found = asked | asked_kinds(tracer, kinds, graph)
+        if found != asked:
+            return again(asked=found)
+    if proof.mismatch is not None:
+        return _Found(graph, proof.mismatch, more)
+    more = [*more, *proof.graphs]
     if escaped.channels or more or unread:
         tracing = replace(tracing, graphs=(*tracing.graphs, *more))
         interpret = partial(interpret, hidden=escaped.channels, unread_sides=unread)
         reading, graph = _open(opened, tracing, interpret)
-    graph = _rewritten(opened, tracing, interpret, graph)
-    if proving and graph.rewritings:
+    wrong = {path: asked.layers[path] for path in opened.by_module() if path in asked.layers}
+    graph = _rewritten(opened, tracing, interpret, graph, wrong)
+    if proof.run and graph.rewritings:
         wrong = untrue(tracer, graph.rewritings)
         graph = _rewritten(opened, tracing, interpret, graph, wrong) if wrong else graph
-    return _Found(replace(graph, notes=(*graph.notes, *notes)))
+    if most > 0 and proof.missing is not None:
+        graph = replace(graph, notes=(*graph.notes, proof.missing))
+    return _Found(graph)
+
+
+def _proof(tracer: Tracer, tracing: Tracing, kinds: Kinds, graph: SpaceGraph, most: float) -> Proof:
+    """Return the proof of a reading of at most so many multiply-adds, or why there is none."""
+    if on_meta(tracer.model):
+        return Proof(missing="not proven: the model has no weights (meta device)", run=False)
+    if most < graph.macs:
+        why = "not proven, because a forward is long; prepare() and compress() do it"
+        return Proof(missing=why, run=False)
+    return prove(tracer, tracing, kinds)
 
 
 _MOST_ROUNDS = 8

@@ -563,6 +563,12 @@ class _Resolution:
 
 def _unique(values: Ids) -> Ids:
     """Return the distinct values in the order in which they first appear."""
+    if len(values) < 2:
+        return values
+    steps = np.diff(values)
+    values = values[np.concatenate([[True], steps != 0])]  # positions repeat channels
+    if (steps >= 0).all():
+        return values
     _, first = np.unique(values, return_index=True)
     return values[np.sort(first)]
 

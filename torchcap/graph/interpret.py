@@ -23,6 +23,7 @@ from torchcap.graph.findings import (
 )
 from torchcap.graph.folds import find_folds
 from torchcap.graph.heads import collapsed
+from torchcap.graph.kinds import NOTHING_ASKED, Asked
 from torchcap.graph.numbers import arithmetic, pin_settings
 from torchcap.graph.rules import (
     COUNTED,
@@ -69,6 +70,7 @@ class Interpretation:
         streams: bool,
         hidden: Collection[Silent] = (),
         unread_sides: Collection[str] = (),
+        asked: Asked = NOTHING_ASKED,
         across: frozenset[str] = frozenset(),
     ) -> None:
         self.model = model
@@ -76,15 +78,16 @@ class Interpretation:
         self.readings = tracing.graphs
         self.operators = operators
         self.streams = streams
-        self.hidden, self.unread_sides = hidden, unread_sides
+        self.hidden, self.unread_sides, self.asked = hidden, unread_sides, asked
         self.table = ChannelTable(across=across)
         self.shared = self._shared_modules()
         self.read_outside = self._modules_read_outside()
         self.direct: set[tuple[str, str, int]] = set()
         self.astray: set[tuple[str, str]] = set()
         entangled = {*self.shared, *self.read_outside}
-        asked = {place.module for place, by in tracing.reads.items() if by - {place.module}}
-        self.folds = find_folds(self.readings, entangled, asked, operators)
+        seen = {place.module for place, by in tracing.reads.items() if by - {place.module}}
+        seen |= asked.norms | asked.layers.keys()
+        self.folds = find_folds(self.readings, entangled, seen, operators)
         self.folded = {fold.norm for fold in self.folds if fold.norm is not None}
         self.notes: Counter[str] = Counter()
         self.values: dict[fx.Node, Value] = {}
@@ -372,6 +375,7 @@ class Interpretation:
         """Fix the layers that have another owner, name or reader, or a call without a rule."""
         for key, axis in self.table.axes.items():
             reason = self.shared.get(axis.module)
+            reason = reason or self.asked.layers.get(axis.module)
             if key not in self.direct:  # what is only read directly has no layer to disagree with
                 reason = reason or self.read_outside.get(axis.module)
             for path, why in self.table.abandoned.items():

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from torchcap.graph.rewritten import Rewriting
 from torchcap.graph.stand_ins import plain_transformers
 from torchcap.graph.trace import GraphRunner, Traced, Tracer, Tracing, first_line
 from torchcap.nests import cloned, mapped, tensors_in
+
+Kind = type[nn.Module]
+Kinds = Mapping[str, Kind]
 
 _MOST_KEPT = 2**26
 """Entries of module outputs that are kept for the comparison; further ones are not compared."""
@@ -41,33 +45,40 @@ class Proof:
         mismatch: where a graph computes something else than the model; None if none does.
         values: whether the forward looks at values for other sizes than those of the example, so
             that it has to be read on real tensors.
-        missing: why nothing could be compared; None if something was.
+        missing: a sentence that says why nothing could be compared; None if something was.
+        run: whether the model has been run.
     """
 
     graphs: tuple[Traced, ...] = ()
     mismatch: str | None = None
     values: bool = False
     missing: str | None = None
+    run: bool = True
+
+    @property
+    def holds(self) -> bool:
+        """Whether something was compared, and was the same."""
+        return self.mismatch is None and self.missing is None
 
 
-def prove(tracer: Tracer, tracing: Tracing) -> Proof:
+def prove(tracer: Tracer, tracing: Tracing, kinds: Kinds = MappingProxyType({})) -> Proof:
     """Run the evaluation graphs beside the model; the model is not changed.
 
     Args:
         tracer: has recorded the model.
         tracing: what it has recorded.
+        kinds: the classes that modules will have.
     """
-    model = _changed(tracer.model)
     whole = tracing.whole
     if whole is None:
+        model = _changed(tracer.model, kinds)
         return Proof(mismatch=_compare_pieces(model, tracer, tracing))
     if whole.strange is not None:
-        return Proof(missing=whole.strange)
-    if tracer.real:  # sizes that follow values are others with other weights
-        own = shadow(tracer.model, torch.clone)
-        set_mode(own, training=False)
-        return Proof(mismatch=_compared(tracer, own, whole, tracer.inputs) or None)
-    for inputs in _others(tracer.inputs):
+        return Proof(missing=f"not proven: {whole.strange}")
+    model = probe(tracer, kinds)
+    if tracer.real:
+        return Proof(mismatch=_compared(tracer, model, whole, tracer.inputs) or None)
+    for inputs in other_inputs(tracer):
         mismatch = _compared(tracer, model, whole, inputs)
         if mismatch is None:  # the model is made for other sizes
             continue
@@ -79,7 +90,7 @@ def prove(tracer: Tracer, tracing: Tracing) -> Proof:
             mismatch = _compared(tracer, model, graph, inputs) or None
         graphs = tuple(replace(graph, turned=True) for graph in again)
         return Proof(() if mismatch else graphs, mismatch, values=not again)
-    return Proof(missing="the forward fails if all parameters are a little different")
+    return Proof(missing="not proven: the forward fails if all parameters are a bit different")
 
 
 def _compared(tracer: Tracer, model: nn.Module, traced: Traced, inputs: Inputs) -> str | None:
@@ -91,11 +102,9 @@ def _compared(tracer: Tracer, model: nn.Module, traced: Traced, inputs: Inputs) 
     held = dict(model.named_parameters()) | dict(model.named_buffers())
     kept = [(held[name], held[name].clone()) for name in names & held.keys()]
     seen: dict[tuple[str, int], Tensor] = {}
-    try:
-        with _outputs_noted(model, traced, seen):
-            args, kwargs = cloned((inputs.args, dict(inputs.kwargs)))  # it may write into them
-            expected = _quietly(tracer, partial(model, *args, **kwargs))
-    except Exception:  # it may be made for one size alone
+    with _outputs_noted(model, traced, seen):
+        expected = output_of(tracer, model, inputs)
+    if expected is None:
         return None
     for tensor, before in kept:
         tensor.copy_(before)
@@ -120,7 +129,7 @@ def untrue(tracer: Tracer, rewritings: Iterable[Rewriting]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     checks: list[tuple[str, _Check]] = []
-    model = shadow(tracer.model, torch.clone) if tracer.real else _changed(tracer.model)
+    model = probe(tracer)
     for rewriting in rewritings:
         module = model.get_submodule(rewriting.module)
         check = _Check(rewriting.module_from(module), partial(found.setdefault, rewriting.module))
@@ -129,13 +138,7 @@ def untrue(tracer: Tracer, rewritings: Iterable[Rewriting]) -> dict[str, str]:
         module.register_forward_hook(check.after)
     for training in (False, True):
         set_mode(model, training=training)
-        for inputs in [tracer.inputs] if tracer.real else _others(tracer.inputs):
-            try:
-                args, kwargs = cloned((inputs.args, dict(inputs.kwargs)))
-                _quietly(tracer, partial(model, *args, **kwargs))
-            except Exception:  # it may be made for one size alone
-                continue
-            break
+        next((i for i in other_inputs(tracer) if output_of(tracer, model, i) is not None), None)
     never = {path: "it could not be compared with the old one" for path, c in checks if not c.count}
     return never | found
 
@@ -229,7 +232,30 @@ def _outputs_noted(
             handle.remove()
 
 
-def _changed(model: nn.Module) -> nn.Module:
+def probe(tracer: Tracer, kinds: Kinds = MappingProxyType({})) -> nn.Module:
+    """Return a copy of a model, in evaluation mode, to run beside something else.
+
+    Its floating-point tensors have other values, but where sizes follow values.
+
+    Args:
+        tracer: has recorded the model.
+        kinds: the classes that modules of the copy have.
+    """
+    if tracer.real:
+        return _in_evaluation(shadow(tracer.model, torch.clone), kinds)
+    return _changed(tracer.model, kinds)
+
+
+def output_of(tracer: Tracer, model: nn.Module, inputs: Inputs) -> list[Tensor] | None:
+    """Return the tensors that a model puts out; None if it fails: it may be made for one size."""
+    try:
+        args, kwargs = cloned((inputs.args, dict(inputs.kwargs)))  # it may write into them
+        return _quietly(tracer, partial(model, *args, **kwargs))
+    except Exception:
+        return None
+
+
+def _changed(model: nn.Module, kinds: Kinds) -> nn.Module:
     """Return a copy in evaluation mode whose floating-point tensors have other values."""
     number = 0
 
@@ -240,9 +266,14 @@ def _changed(model: nn.Module) -> nn.Module:
             return tensor.clone()
         return tensor * (1 + 0.01 * (number % 7 + 1))
 
-    copied = shadow(model, lambda tensor: _like(tensor, other(tensor.detach())))
-    set_mode(copied, training=False)
-    return copied
+    return _in_evaluation(shadow(model, lambda t: _like(t, other(t.detach()))), kinds)
+
+
+def _in_evaluation(model: nn.Module, kinds: Kinds) -> nn.Module:
+    for path, kind in kinds.items():
+        model.get_submodule(path).__class__ = kind
+    set_mode(model, training=False)
+    return model
 
 
 def _like(tensor: Tensor, value: Tensor) -> Tensor:
@@ -251,8 +282,15 @@ def _like(tensor: Tensor, value: Tensor) -> Tensor:
     return value
 
 
-def _others(inputs: Inputs) -> Iterator[Inputs]:
-    """Yield random inputs, first of other sizes: another batch and image, another batch."""
+def other_inputs(tracer: Tracer) -> Iterator[Inputs]:
+    """Yield random inputs, first of other sizes: another batch and image, another batch.
+
+    Where sizes follow values, these are those of the example alone.
+    """
+    inputs = tracer.inputs
+    if tracer.real:
+        yield inputs
+        return
     tensors = list(tensors_in((inputs.args, inputs.kwargs)))
     if any(t.dim() >= 4 and t.is_floating_point() for t in tensors):
         yield _redrawn(inputs, batch=True, image=True)

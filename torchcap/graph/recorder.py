@@ -53,6 +53,7 @@ from torchcap.graph.records import (
     ValueRead,
 )
 from torchcap.graph.sizes import Formula, Place, Ratio, Shape, Size, true_value
+from torchcap.graph.stand_ins import OPERATORS
 from torchcap.graph.where import Where, here
 from torchcap.nests import leaves_of, mapped, tensors_in
 
@@ -648,7 +649,9 @@ class SeenByDispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        output = func(*args, **(kwargs or {}))
+        stand_in = OPERATORS.get(str(func))
+        run = func if stand_in is None else partial(stand_in, func)
+        output = run(*args, **(kwargs or {}))
         self.recorder.unseen(func, args, kwargs or {}, output)
         return output
 

@@ -93,3 +93,18 @@ NOISE: Mapping[type[nn.Module], Callable[..., Any]] = dict.fromkeys(
     (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), _noise
 )
 """What runs on real tensors."""
+
+
+_MOST_BOXES = 2000
+"""Boxes up to which those that overlap are looked for, in a time that grows with their square."""
+
+
+def _kept(suppress: Callable[..., Any], boxes: Tensor, scores: Tensor, threshold: float) -> Any:
+    """Return what is kept of many boxes if none of them overlap, the best first."""
+    if len(boxes) <= _MOST_BOXES:
+        return suppress(boxes, scores, threshold)
+    return scores.argsort(descending=True)
+
+
+OPERATORS: Mapping[str, Callable[..., Any]] = {"torchvision.nms.default": _kept}
+"""What runs in place of operators on real tensors; it is given the operator, too."""
