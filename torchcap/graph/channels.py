@@ -429,10 +429,12 @@ class _Resolution:
         """Fix the channels of two numbers that are made of different spaces."""
         found: dict[int, Fraction] = defaultdict(Fraction)
         for sign, (ids, share) in ((1, left), (-1, right)):
-            for cell in self.cell_of[self.labels[ids]].tolist():
-                found[self._root(cell) if cell >= 0 else UNKNOWN] += sign * share
+            cells, counts = np.unique(self.cell_of[self.labels[ids]], return_counts=True)
+            for cell, count in zip(cells.tolist(), counts.tolist(), strict=True):
+                found[self._root(cell) if cell >= 0 else UNKNOWN] += sign * count * share
         others = {root for root, count in found.items() if count and root != UNKNOWN}
-        self._fix([c for c in range(len(self.cells)) if self._root(c) in others], reason)
+        if others:
+            self._fix([c for c in range(len(self.cells)) if self._root(c) in others], reason)
 
     @staticmethod
     def _arrival(module: str) -> str:

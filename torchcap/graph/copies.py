@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator
@@ -53,10 +54,11 @@ def copied(model: M, memo: dict[int, Any] | None = None) -> M:
             raise ModelError(
                 f"{label!r} has no shape yet (a lazy module); run the model once on example inputs"
             )
-    for tensor in _computed(model):
-        memo.setdefault(id(tensor), tensor.detach())
+    for value, stand_in in _stand_ins(model):
+        memo.setdefault(id(value), stand_in)
     try:
-        twin = copy.deepcopy(model, memo)
+        with without_collections():
+            twin = copy.deepcopy(model, memo)
     except Exception as error:  # whatever a user's class cannot copy
         raise ModelError(
             f"{type(model).__name__!r} cannot be copied ({type(error).__name__}: {error}); "
@@ -72,13 +74,30 @@ def copied(model: M, memo: dict[int, Any] | None = None) -> M:
     return twin
 
 
-def _computed(model: nn.Module) -> Iterator[Tensor]:
-    """Yield the tensors with a history that modules keep, which ``copy.deepcopy`` refuses."""
+@contextlib.contextmanager
+def without_collections() -> Iterator[None]:
+    """Let Python collect no garbage for a while: many new objects would make it look at all."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _stand_ins(model: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """Yield what ``copy.deepcopy`` refuses, or takes most of its time for, with a copy.
+
+    It refuses tensors with a history, and every module has a dozen empty mappings.
+    """
     for module in model.modules():
         for name, value in vars(module).items():
+            if type(value) is OrderedDict and not value:
+                yield value, OrderedDict()
             for tensor in () if name.startswith("_") else tensors_in(value):
                 if not tensor.is_leaf:
-                    yield tensor
+                    yield tensor, tensor.detach()
 
 
 def shadow(model: M, stand_in: Callable[[Tensor], Tensor] | None = None) -> M:

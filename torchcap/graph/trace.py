@@ -29,7 +29,7 @@ from torch.nn import DataParallel
 
 from torchcap.errors import ExampleInputsError, TraceError
 from torchcap.graph.calls import written_by
-from torchcap.graph.copies import HOOKS, set_mode, shadow
+from torchcap.graph.copies import HOOKS, set_mode, shadow, without_collections
 from torchcap.graph.inputs import ExampleInputs, Inputs, arranged, as_inputs, default_inputs
 from torchcap.graph.recorder import (
     LeafRule,
@@ -512,15 +512,10 @@ def _collecting(recorder: Recorder) -> Iterator[None]:
     What was there before is not looked at, which takes most of a collection's time: without
     collections in between, all that the forward has made is in the youngest generation.
     """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
+    with without_collections():
         yield
         if any(True for _ in _alive(recorder)):
             gc.collect(0)
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _note_stored(recorder: Recorder, outputs: Sequence[Tensor]) -> None:
