@@ -135,6 +135,36 @@ def test_sizes_that_the_forward_reads_are_restored(tmp_path: Path) -> None:
     assert loaded.blocks[0].attn.num_heads == model.blocks[0].attn.num_heads
 
 
+class Anchored(nn.Module):
+    """Keeps what it has computed for the last size, in attributes that were empty before."""
+
+    anchors = torch.empty(0)
+    size: torch.Size | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.grid = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 3), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.size != x.shape:
+            self.size, self.anchors = x.shape, torch.arange(float(x.shape[-1]))
+            self.grid = 2 * self.anchors
+        return self.b(self.a(x).relu()) + self.grid.mean() + self.anchors.sum()
+
+
+def test_what_a_forward_has_kept_in_empty_attributes_comes_back(tmp_path: Path) -> None:
+    small = torchcap.compress(Anchored(), ratio=0.5, example_inputs=torch.zeros(1, 3, 8, 8))
+    small.eval()
+    for width in (8, 10):
+        x = torch.randn(1, 3, 8, width)
+        expected = small(x)
+        save(small, tmp_path / "kept")
+        loaded = load(tmp_path / "kept", Anchored())
+        assert torch.equal(loaded.anchors, small.anchors)
+        assert loaded.size == x.shape
+        assert torch.equal(loaded(x), expected)
+
+
 def test_scores_keep_their_scale_where_timm_chooses_another_attention(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

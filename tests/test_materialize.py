@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -345,6 +346,42 @@ def test_hooks_of_the_user_are_kept_and_those_of_torchcap_are_gone() -> None:
         if name in {"_forward_hooks", "_forward_pre_hooks"}
     )
     assert count == 5
+
+
+LEADS_TO_THE_ROOT: dict[str, Callable[[nn.Module], object]] = {
+    "bound method": lambda net: net.fc.register_forward_hook(net.looks),
+    "partial": lambda net: net.block1.conv1.register_forward_hook(partial(_looks, net)),
+    "pre-hook": lambda net: net.block2.conv1.register_forward_pre_hook(net.looks),
+    "backward hook": lambda net: net.fc.register_full_backward_hook(net.looks),
+    "list": lambda net: vars(net.fc).update(parents=[net]),
+    "object": lambda net: vars(net.block1.conv1).update(parent=net),
+}
+
+
+def _looks(*_: Any) -> None:
+    """Do what a hook that only looks does."""
+
+
+@pytest.mark.parametrize("way", LEADS_TO_THE_ROOT)
+def test_layers_that_lead_to_their_root_are_materialized(way: str) -> None:
+    model = made("pre-activation")
+    type(model).looks = _looks
+    try:
+        LEADS_TO_THE_ROOT[way](model)
+        student = student_of(model).eval()
+        small = torchcap.materialize(student)
+    finally:
+        del type(model).looks
+    assert not any(parametrize.is_parametrized(module) for module in small.modules())
+    assert count_parameters(small) < count_parameters(model)
+    assert relative_difference(small(images()), student(images())) <= 1e-6
+    held = {id(module) for module in small.modules()}
+    parents = [*vars(small.fc).get("parents", []), vars(small.block1.conv1).get("parent", small)]
+    assert {id(module) for module in parents} <= held
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_hooks_on_a_folded_norm_are_kept() -> None:

@@ -6,10 +6,12 @@ import copy
 import dataclasses
 import pickle
 import re
+import threading
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -457,6 +459,62 @@ def test_rule_of_the_user_makes_a_method_known() -> None:
     assert analyze(Clipped(), IMAGE, rules={"clip": followed})["conv1"].freedom == "linear"
 
 
+@pytest.mark.parametrize("target", ["cumsum", torch.cumsum, Tensor.cumsum])
+@pytest.mark.parametrize("method", [False, True])
+def test_rule_is_for_the_method_and_the_function(target: Any, *, method: bool) -> None:
+    class Summed(ConvChain):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv1(x)
+            return self.conv2(x.cumsum(3) if method else torch.cumsum(x, 3))
+
+    assert analyze(Summed(), IMAGE, rules={target: followed})["conv1"].freedom == "linear"
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"cumsumm": followed}, "'cumsumm', which is no method of torch.Tensor"),
+        ({3: followed}, "a rule for 3; a rule is for a module class"),
+        ({torch.cumsum: 7}, "takes a function or an Operator; got 7"),
+    ],
+)
+def test_rules_that_are_none_are_refused(rules: Any, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        analyze(ConvChain(), IMAGE, rules=rules)
+
+
+def test_rule_that_returns_nothing_is_a_boundary() -> None:
+    graph = analyze(ConvChain(), IMAGE, rules={F.relu: lambda call: None})
+    assert graph["conv1"].reason.startswith("the rule of 'relu' returns None, at nets.py:")
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.ReLU(), nn.LSTM(4, 8), nn.BatchNorm1d(4)])
+def test_model_that_is_one_layer_has_nothing_free(layer: nn.Module) -> None:
+    graph = analyze(layer.eval(), torch.zeros(2, 4))
+    assert not graph.free
+    assert all(space.reason for space in graph.spaces)
+
+
+@pytest.mark.parametrize(
+    ("example_inputs", "message"),
+    [
+        ((1, 3, 8, 8), r"not their sizes: pass torch.zeros\(1, 3, 8, 8\)"),
+        (np.zeros((1, 3, 8, 8)), "got a ndarray"),
+        ("image", "got a str"),
+    ],
+)
+def test_example_inputs_that_are_no_tensors_are_refused(example_inputs: Any, message: str) -> None:
+    with pytest.raises(ExampleInputsError, match=message):
+        analyze(ConvChain(), example_inputs)
+
+
+def test_attribute_that_cannot_be_copied_is_named() -> None:
+    model = ConvChain()
+    model.conv2.lock = threading.Lock()
+    with pytest.raises(ModelError, match="the attribute 'lock' of 'conv2', a lock, cannot"):
+        analyze(model, IMAGE)
+
+
 def test_rule_of_the_user_comes_before_the_table() -> None:
     def refuse(call: Call) -> Value:
         return call.give_up("not today")
@@ -543,7 +601,7 @@ def test_scripted_model_is_refused() -> None:
 
 @pytest.mark.parametrize("thing", [F.relu, None, "resnet18"])
 def test_what_is_no_module_is_refused(thing: Any) -> None:
-    with pytest.raises(ModelError, match=rf"{type(thing).__name__}.*torch.nn.Module"):
+    with pytest.raises(ModelError, match=rf"torch.nn.Module was expected.*{type(thing).__name__}"):
         analyze(thing, IMAGE)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -266,3 +267,39 @@ def test_large_layers_are_stood_in_for_by_noise_of_their_size() -> None:
     assert not torch.equal(found, expected)
     assert 0.5 <= float(found.detach().std() / expected.detach().std()) <= 2
     assert torch.equal(NOISE[nn.Conv2d](small, x[:, :3]), small(x[:, :3]))
+
+
+class Foreign:
+    """An object like those of compiled modules, whose class has no name of a module."""
+
+    __module__ = property(lambda self: "elsewhere")  # type: ignore[assignment]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+
+def test_objects_of_compiled_modules_are_passed_by() -> None:
+    class Net(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(conv(3, 8), conv(8, 4))
+            self.act = Foreign()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self[1](self.act(self[0](x)))
+
+    graph = analyze(Net(), torch.zeros(1, 3, 8, 8))
+    assert [space.name for space in graph.free] == ["0"]
+
+
+def test_threads_that_start_during_a_reading_stay_known() -> None:
+    done, before = threading.Event(), threading.active_count()
+
+    class Net(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            threading.Thread(target=done.wait).start()
+            return super().forward(x)
+
+    analyze(Net(conv(3, 8), nn.ReLU(), conv(8, 4)), torch.zeros(1, 3, 8, 8))
+    known = threading.active_count()
+    done.set()
+    assert known > before

@@ -100,6 +100,7 @@ def fit_(fresh: nn.Module, contents: Contents, tensors: Mapping[str, Tensor]) ->
             _add_bias_(module)
         if path in wanted:
             _set_sizes_(module, wanted[path].attributes)
+    _make_room_(fresh, tensors)
 
 
 def fits(model: nn.Module, contents: Contents, tensors: Mapping[str, Tensor]) -> bool:
@@ -187,9 +188,10 @@ def _kind(module: nn.Module) -> str:
 
 def _attributes(module: nn.Module) -> dict[str, Attribute]:
     found: dict[str, Attribute] = {}
-    for name, value in vars(module).items():
+    for name, held in vars(module).items():
         if name in _OWN_OF_MODULES or name in _CONFIGURATIONS:
             continue
+        value = tuple(held) if isinstance(held, torch.Size) else held
         if is_plain(value):
             found[name] = value
         elif _is_kept(value):
@@ -254,10 +256,31 @@ def _add_bias_(layer: nn.Module) -> None:
         layer.bias = nn.Parameter(weight.new_empty(width), weight.requires_grad)
 
 
+def _make_room_(fresh: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Let modules keep the tensors that a forward, or a user, has put into attributes without."""
+    modules = dict(fresh.named_modules())
+    for label, tensor in tensors.items():
+        path, _, name = label.rpartition(".")
+        if path in modules and _is_empty(modules[path], name):
+            modules[path].__dict__[name] = torch.empty_like(tensor, device="meta")
+
+
+def _is_empty(module: nn.Module, name: str) -> bool:
+    """Whether an attribute, or its default in the class, is None or an empty tensor."""
+    if name in {*module._parameters, *module._buffers, *module._modules}:
+        return False
+    missing = object()
+    value = vars(module).get(name, getattr(type(module), name, missing))
+    return value is None or (isinstance(value, Tensor) and value.numel() == 0)
+
+
 def _set_sizes_(module: nn.Module, wanted: Mapping[str, Attribute]) -> None:
     for name, value in wanted.items():
         old = vars(module).get(name)
         if old == value:
+            continue
+        if old is None and _is_empty(module, name):
+            module.__dict__[name] = value
             continue
         counts = name in _WIDTHS if _kind(module).startswith("torch.nn.") else name not in _GEOMETRY
         if (counts and _is_smaller(value, old)) or (name in _CHOICES and type(old) is type(value)):

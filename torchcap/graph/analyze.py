@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
@@ -82,8 +82,42 @@ _PROVEN_MACS = 3e9
 
 
 def known_operators(rules: Rules | None) -> Mapping[Target, Operator]:
-    """Return the records of all operators: torchcap's, and those that a user gives."""
-    return {**OPERATORS, **{target: as_operator(rule) for target, rule in (rules or {}).items()}}
+    """Return the records of all operators: torchcap's, and those that a user gives.
+
+    A rule for a method of tensors is one for the function of ``torch`` of this name too, and the
+    other way round, unless that has a rule of its own.
+
+    Raises:
+        ModelError: if a rule is none, or for nothing.
+    """
+    own: dict[Target, Operator] = {}
+    for target, rule in (rules or {}).items():
+        if not callable(rule) and not isinstance(rule, Operator):
+            raise ModelError(
+                f"rules={{{target!r}: …}} takes a function or an Operator; got {rule!r}"
+            )
+        for spelling in _spellings(target):
+            own[spelling] = as_operator(rule)
+    exact = {target: as_operator(rule) for target, rule in (rules or {}).items()}
+    return {**OPERATORS, **own, **exact}
+
+
+def _spellings(target: Any) -> Iterator[Target]:
+    """Yield what else means an operator: the method of tensors, the function of torch."""
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    method, function = getattr(torch.Tensor, name, None), getattr(torch, name, None)
+    if isinstance(target, str) and method is None:
+        raise ModelError(
+            f"rules= has a rule for {target!r}, which is no method of torch.Tensor; a rule is for "
+            "a module class, a function, or the name of a method"
+        )
+    if not isinstance(target, str) and not callable(target):
+        raise ModelError(
+            f"rules= has a rule for {target!r}; a rule is for a module class, a function, or the "
+            "name of a method"
+        )
+    if isinstance(target, str) or target in (method, function):
+        yield from (name, *([] if function is None else [function]))
 
 
 def _tracer(
@@ -165,14 +199,18 @@ class Reader:
         return whole
 
 
-def check_kind(model: nn.Module) -> None:
+def check_kind(model: Any) -> None:
     """Raise a ModelError if a model is of a kind that cannot be read, or wraps another one."""
+    if not isinstance(model, nn.Module):
+        given = model.__name__ if isinstance(model, type) else type(model).__name__
+        kind = "the class" if isinstance(model, type) else "a"
+        raise ModelError(f"a torch.nn.Module was expected as the model; got {kind} {given}")
     attribute = _inner_attribute(model)
     if attribute is not None:
         raise ModelError(
             f"{type(model).__name__!r} wraps a model; pass the model inside: model.{attribute}"
         )
-    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+    if isinstance(model, torch.jit.ScriptModule):
         raise ModelError(
             f"{type(model).__name__!r} cannot be read: a torch.nn.Module was expected, not a "
             "scripted or frozen one; pass the module that it was made from"

@@ -54,16 +54,14 @@ def copied(model: M, memo: dict[int, Any] | None = None) -> M:
             raise ModelError(
                 f"{label!r} has no shape yet (a lazy module); run the model once on example inputs"
             )
-    for value, stand_in in _stand_ins(model):
-        memo.setdefault(id(value), stand_in)
+    memo |= ready_copies(model) | memo
     try:
         with without_collections():
             twin = copy.deepcopy(model, memo)
     except Exception as error:  # whatever a user's class cannot copy
         raise ModelError(
-            f"{type(model).__name__!r} cannot be copied ({type(error).__name__}: {error}); "
-            "copy.deepcopy(model) has to work: replace torch.nn.utils.weight_norm by "
-            "torch.nn.utils.parametrizations.weight_norm, for one"
+            f"{type(model).__name__!r} cannot be copied ({type(error).__name__}: {error}), and "
+            f"copy.deepcopy(model) has to work{_uncopied(model)}"
         ) from error
     for module in model.modules():
         other = memo.get(id(module))
@@ -86,18 +84,32 @@ def without_collections() -> Iterator[None]:
             gc.enable()
 
 
-def _stand_ins(model: nn.Module) -> Iterator[tuple[Any, Any]]:
-    """Yield what ``copy.deepcopy`` refuses, or takes most of its time for, with a copy.
+def _uncopied(model: nn.Module) -> str:
+    """Return, in words, which attribute of a model cannot be copied by itself."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            try:
+                copy.deepcopy(value, {id(part): part for part in model.modules()})
+            except Exception:
+                whose = f"of {path!r}" if path else f"of the {type(model).__name__!r} itself"
+                return f": the attribute {name!r} {whose}, a {type(value).__name__}, cannot"
+    return ""
+
+
+def ready_copies(model: nn.Module) -> dict[int, Any]:
+    """Return copies of what ``copy.deepcopy`` refuses, or takes most of its time for, by the id.
 
     It refuses tensors with a history, and every module has a dozen empty mappings.
     """
+    ready: dict[int, Any] = {}
     for module in model.modules():
         for name, value in vars(module).items():
             if type(value) is OrderedDict and not value:
-                yield value, OrderedDict()
+                ready[id(value)] = OrderedDict()
             for tensor in () if name.startswith("_") else tensors_in(value):
                 if not tensor.is_leaf:
-                    yield tensor, tensor.detach()
+                    ready[id(tensor)] = tensor.detach()
+    return ready
 
 
 def shadow(model: M, stand_in: Callable[[Tensor], Tensor] | None = None) -> M:

@@ -95,7 +95,9 @@ def _as_layer(call: Call, names: tuple[str, ...], is_meant: Callable[[nn.Module]
     fits = len(owners) == 1 and all(value.name == name for name, value in held.items())
     if not fits or "weight" not in held:
         other = given.get("weight")
-        whose = f" (it is held by {other.module!r})" if isinstance(other, Held) else ""
+        whose = (
+            f" (it is held by {other.module or 'the model'!r})" if isinstance(other, Held) else ""
+        )
         return call.give_up(f"no rule for {call.label} with a weight that is no layer's own{whose}")
     (path,) = owners
     layer = call.layer_at(path)

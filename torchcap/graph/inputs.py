@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
@@ -29,7 +30,21 @@ class Inputs:
 
 
 def as_inputs(example_inputs: ExampleInputs) -> Inputs:
-    """Sort example inputs into positional and keyword arguments."""
+    """Sort example inputs into positional and keyword arguments.
+
+    Raises:
+        ExampleInputsError: if they are an array, words, or sizes in place of a tensor.
+    """
+    given: Any = example_inputs
+    if isinstance(given, tuple | list) and {type(size) for size in given} == {int}:
+        raise ExampleInputsError(
+            f"example inputs are tensors, not their sizes: pass torch.zeros{tuple(given)}"
+        )
+    if isinstance(given, np.ndarray | str):
+        raise ExampleInputsError(
+            "example inputs are a tensor, a tuple of arguments, or a mapping of arguments by name; "
+            f"got a {type(given).__name__}"
+        )
     if isinstance(example_inputs, Mapping):
         return Inputs((), dict(example_inputs))
     if isinstance(example_inputs, tuple | list):

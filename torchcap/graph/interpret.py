@@ -242,6 +242,8 @@ class Interpretation:
             rule = operator.heads
         try:
             value = rule(call)
+            if value is None and call.result is not None:
+                return call.give_up(f"the rule of {call.label} returns None")
             return value if _consistent(value, call.result) else call.give_up(call.unexpected)
         except Exception as error:  # a rule that fails is a boundary, not a crash
             self.notes[f"{call.label} (its rule failed: {error})"] += 1

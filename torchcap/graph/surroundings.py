@@ -11,6 +11,7 @@ import contextlib
 import functools
 import gc
 import random
+import sys
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -149,21 +150,16 @@ def _parts(value: Any) -> Iterable[Any]:
 
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), nn.Module, types.ModuleType)
-_LIBRARIES = (
-    "torch",
-    "torchcap",
-    "torchvision",
-    "timm",
-    "numpy",
-    "einops",
-    "builtins",
-    "collections",
-    "abc",
-    "random",
+_NAMESPACES = {"types", "argparse"}  # of the standard library, with objects of users' own
+_LIBRARIES = {"torch", "torchcap", "torchvision", "timm", "numpy", "einops"} | (
+    sys.stdlib_module_names - _NAMESPACES
 )
 
 
-def _of_a_library(name: str | None) -> bool:
+def _of_a_library(name: object) -> bool:
+    """Whether a module is a library's, by the ``__module__`` of what it defines."""
+    if name is not None and not isinstance(name, str):  # of what C code defines
+        return True
     return (name or "").partition(".")[0] in _LIBRARIES
 
 

@@ -302,7 +302,8 @@ class Tracer:
         means = self.means[mode]
         fake = None if means.real else SeenByFakes(allow_non_fake_inputs=True)
         copied = shadow(self.model, _own if fake is None else fake.from_tensor)
-        leaves = {id(module) for module in copied.modules() if self.is_leaf(module)}
+        inner = (module for module in copied.modules() if module is not copied)
+        leaves = {id(module) for module in inner if self.is_leaf(module)}
         for module in copied.modules():
             # Layers run as in evaluation: batch norm refuses one value a channel in training.
             module.training = training and id(module) not in leaves

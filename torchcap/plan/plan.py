@@ -269,7 +269,9 @@ def _rank(space: ChannelSpace, ratio: float, multiple_of: int) -> int:
 
 def _nothing(graph: SpaceGraph) -> str:
     every = {space.reason for space in graph.spaces}
-    reasons = [f"  {space.name}: {space.reason}" for space in graph.spaces[:20]]
+    reasons = [
+        f"  {space.name or 'the model itself'}: {space.reason}" for space in graph.spaces[:20]
+    ]
     more = [f"  … and {len(graph.spaces) - 20} more"] if len(graph.spaces) > 20 else []
     found = "\n".join([*reasons, *more, *(f"  {note}" for note in graph.notes)])
     return (

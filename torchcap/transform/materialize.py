@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from torchcap.graph.copies import HOOKS, copied, hand_over_
+from torchcap.graph.copies import HOOKS, copied, hand_over_, ready_copies
 from torchcap.modes import outside_inference_mode
 from torchcap.projection.maps import shared_bases
 from torchcap.projection.parametrizations import ProjectAxis
@@ -42,15 +42,17 @@ def materialize(student: M) -> M:
     """
     root = unwrapped(student)
     state = student_of(root)
-    memo: dict[int, Any] = {}
+    memo = ready_copies(root)
     hung = {id(a): a for module in root.modules() for a in attachments(module)}
     # A stand-in for each attachment, so that copying does not copy a teacher along.
     stand_ins = {key: object() for key in hung}
     memo.update(stand_ins)
+    projected = [module for module in root.modules() if _is_projected(module)]
+    for module in projected:  # all of them first: a hook of one may lead to the root, and to others
+        memo[id(module)] = object.__new__(type(module).__bases__[0])
     with shared_bases(list(state.projections.values())):
-        for module in reversed(list(root.modules())):  # children first: parents copy them along
-            if _is_projected(module):
-                memo[id(module)] = _plain_layer(module, memo)
+        for module in projected:
+            _fill_(memo[id(module)], module, memo)
     small = copied(root, memo)
     for module in small.modules():
         _strip(module, set(map(id, stand_ins.values())))
@@ -68,14 +70,13 @@ def _is_projected(module: nn.Module) -> bool:
     )
 
 
-def _plain_layer(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Return a layer of the class that ``module`` had, holding the projected tensors.
+def _fill_(plain: nn.Module, module: nn.Module, memo: dict[int, Any]) -> None:
+    """Let a layer of the class that ``module`` had hold what that holds, and the projected tensors.
 
     Deep-copying a parametrized module would share the class that was injected into it, properties
     and all; so the layer is put together from its parts.
     """
     projected: Any = module.parametrizations
-    plain: nn.Module = object.__new__(type(module).__bases__[0])
     plain.__dict__.update(
         {
             name: copy.deepcopy(value, memo)
@@ -99,7 +100,6 @@ def _plain_layer(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
             value = copy.deepcopy(getattr(module, name), memo)
             trained = name in module._parameters
         (plain._parameters if trained else plain._buffers)[name] = value  # type: ignore[assignment]
-    return plain
 
 
 def _laid_out(tensor: Tensor, original: Tensor) -> Tensor:
