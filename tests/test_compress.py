@@ -496,6 +496,7 @@ BAD: dict[str, Bad] = {
     "frozen": Bad(
         ModelError,
         r"17 parameters of 'Residual' are frozen",
+        how=with_(recipe=Recipe(relaxation=Relaxation())),
         change=lambda model: model.requires_grad_(requires_grad=False),
     ),
     "scripted": Bad(ModelError, r"ScriptModule'.*torch\.nn\.Module", change=torch.jit.script),
@@ -510,6 +511,17 @@ BAD: dict[str, Bad] = {
         make=lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, CLASSES)).double(),
     ),
 }
+
+
+@pytest.mark.parametrize("recipe", [Recipe.seconds(), None])
+def test_frozen_model_is_compressed_without_training(recipe: Recipe | None) -> None:
+    model = made().requires_grad_(requires_grad=False)
+    data = None if recipe is None else [images()]
+    small = torchcap.compress(model, data, example_inputs=images(), recipe=recipe)
+    assert not any(parameter.requires_grad for parameter in small.parameters())
+    model.requires_grad_(requires_grad=True)
+    expected = torchcap.compress(model, data, example_inputs=images(), recipe=recipe)
+    assert_same(values(small), values(expected))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script.*:DeprecationWarning")

@@ -105,6 +105,7 @@ def prepare(  # noqa: PLR0913 - an argument for each thing that may be said
         Minnehan & Savakis, "Cascaded Projection", CVPR 2019, sec. 3.3 and 3.6.
     """
     _check_model(model)
+    _check_trainable(model)
     graph = Reader(leaves, rules, streams).proven(model, example_inputs)
     plan = _resolved(graph, ratio, plan)
     student = copied(model)
@@ -230,6 +231,8 @@ def compress(  # noqa: PLR0913 - the one call has an argument for each thing tha
         )
     if recipe is None:
         recipe = Recipe(start=LargestNorm(), name="weights") if data is None else Recipe.minutes()
+    if recipe.trains:
+        _check_trainable(model)
     source = None
     if data is not None:
         source = as_source(data, model, seed)
@@ -453,11 +456,6 @@ def _check_model(model: nn.Module) -> None:
     parameters = dict(model.named_parameters())
     if not parameters:
         raise NothingToCompressError(f"{name!r} has no parameters; there is nothing to compress")
-    if not any(p.requires_grad for p in parameters.values()):
-        raise ModelError(
-            f"all {len(parameters)} parameters of {name!r} are frozen (requires_grad=False), so "
-            "the small model could not be trained either; call model.requires_grad_(True) first"
-        )
     for label, tensor in [*parameters.items(), *model.named_buffers()]:
         if tensor.is_meta:
             raise ModelError(f"{label!r} is on the meta device; load the model's weights first")
@@ -468,6 +466,16 @@ def _check_model(model: nn.Module) -> None:
             )
         if not _is_sound(model, label, tensor):
             raise ModelError(f"{label!r} holds NaN or infinite values; load sound weights first")
+
+
+def _check_trainable(model: nn.Module) -> None:
+    parameters = list(model.parameters())
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise ModelError(
+            f"all {len(parameters)} parameters of {type(model).__name__!r} are frozen "
+            "(requires_grad=False), so those of the small model could not be trained; call "
+            "model.requires_grad_(True) first, or take a recipe without training: Recipe.seconds()"
+        )
 
 
 def _is_sound(model: nn.Module, label: str, tensor: Tensor) -> bool:

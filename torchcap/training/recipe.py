@@ -359,6 +359,11 @@ class Recipe:
         )
 
     @property
+    def trains(self) -> bool:
+        """Whether a step of it takes gradients."""
+        return any(s is not None for s in (self.projections, self.relaxation, self.fine_tuning))
+
+    @property
     def needs_data(self) -> bool:
         """Whether a step learns from images. Of initializers, only the norm of weights does not."""
         steps = (self.projections, self.solve, self.relaxation, self.fine_tuning)
