@@ -692,6 +692,20 @@ odd("the name of a class is asked for", "a", b="asks for the class of 'c'")(
 )
 
 
+class Standardised(nn.Conv2d):
+    """A convolution that normalises its weight with a function that is for features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(rows, None, None, training=True).reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+odd("weights standardised by hand", "2", **{"0": "its weight is computed with, at .*reshape"})(
+    lambda: nn.Sequential(Standardised(3, 8, 3, bias=False), nn.ReLU(), conv(8, 6), conv(6, 2))
+)
+
+
 class Pair(NamedTuple):
     features: Tensor
     logits: Tensor

@@ -369,6 +369,10 @@ class Interpretation:
         for outer in reversed([p for p, _ in self.model.named_modules() if p and holds(p, path)]):
             if outer in self.table.abandoned:
                 return self.table.abandoned[outer]
+        for reading in self.readings:
+            for node in reading.graph.find_nodes(op="get_attr", target=f"{path}.weight"):
+                for user in node.users:
+                    return f"its weight is computed with, at {user.meta.get('where')}"
         if any(run.path == path for run in self.tracing.ran):
             return "its call is a part of an operator that is not read"
         return "the forward does not call it on the example inputs"
