@@ -508,6 +508,12 @@ def test_example_inputs_that_are_no_tensors_are_refused(example_inputs: Any, mes
         analyze(ConvChain(), example_inputs)
 
 
+def test_exported_program_is_refused_with_what_to_do() -> None:
+    exported = torch.export.export(ConvChain().eval(), (IMAGE,)).module()
+    with pytest.raises(ModelError, match="exported program; pass the module that it was made from"):
+        analyze(exported, IMAGE)
+
+
 def test_attribute_that_cannot_be_copied_is_named() -> None:
     model = ConvChain()
     model.conv2.lock = threading.Lock()

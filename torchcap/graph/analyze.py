@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._ops import OpOverload
 from torch.nn.utils import parametrize
 
 from torchcap.errors import ModelError, TraceError
@@ -215,6 +216,9 @@ def check_kind(model: Any) -> None:
             f"{type(model).__name__!r} cannot be read: a torch.nn.Module was expected, not a "
             "scripted or frozen one; pass the module that it was made from"
         )
+    nodes = model.graph.nodes if isinstance(model, fx.GraphModule) else ()
+    if any(isinstance(n.target, OpOverload) and n.target.namespace == "aten" for n in nodes):
+        raise ModelError("the model is an exported program; pass the module that it was made from")
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise ModelError(f"{path!r} is scripted and cannot be read; use what it was made from")
