@@ -47,8 +47,8 @@ from torchcap.graph.records import (
     Dimension,
     Entry,
     Frame,
+    ModuleRun,
     Record,
-    Run,
     Seen,
     ValueRead,
 )
@@ -341,7 +341,7 @@ class Recorder(TorchFunctionMode):
     def _note_run(self, path: str, args: Any, kwargs: Any, output: Any) -> None:
         with self._inside():
             seen = [mapped(part, _seen) for part in (args, kwargs, output)]
-        self.record.ran.append(Run(path, *seen))
+        self.record.ran.append(ModuleRun(path, *seen))
 
     @contextlib.contextmanager
     def _inside(self) -> Iterator[None]:

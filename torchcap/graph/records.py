@@ -20,7 +20,7 @@ from torchcap.graph.where import Where
 from torchcap.nests import Key, mapped
 
 
-class Run(NamedTuple):
+class ModuleRun(NamedTuple):
     """One call of a module.
 
     Attributes:
@@ -253,7 +253,7 @@ class Record:
     """
 
     builders: list[Builder] = field(default_factory=list)
-    ran: list[Run] = field(default_factory=list)
+    ran: list[ModuleRun] = field(default_factory=list)
     values: list[ValueRead] = field(default_factory=list)
     branches: set[str] = field(default_factory=set)
     moods: dict[str, str] = field(default_factory=dict)

@@ -38,7 +38,7 @@ from torchcap.graph.recorder import (
     SeenByFakes,
     named_functions,
 )
-from torchcap.graph.records import Builder, Dimension, Entry, Frame, Record, Run, Seen
+from torchcap.graph.records import Builder, Dimension, Entry, Frame, ModuleRun, Record, Seen
 from torchcap.graph.sizes import Place, attribute_sizes, put_sizes_
 from torchcap.graph.stand_ins import NOISE, SHAPES, TRANSFORMERS, plain_transformers
 from torchcap.graph.surroundings import Surroundings, forget_
@@ -125,7 +125,7 @@ class Tracing:
     """
 
     graphs: tuple[Traced, ...]
-    ran: list[Run]
+    ran: list[ModuleRun]
     reads: Mapping[Place, Set[str]] = field(default_factory=dict)
     past: Mapping[str, str] = field(default_factory=dict)
     unread: Mapping[str, str] = field(default_factory=dict)
@@ -327,7 +327,9 @@ class Tracer:
             if recorder.record.values:
                 return Recording([], recorder.record)
             raise _misfit(self.model, inputs, error, training=training) from error
-        recorder.record.ran = [Run(*mapped(tuple(run), _on_meta)) for run in recorder.record.ran]
+        recorder.record.ran = [
+            ModuleRun(*mapped(tuple(run), _on_meta)) for run in recorder.record.ran
+        ]
         graphs = [
             _traced(self.model, builder, mode, means.unread) for builder in recorder.record.builders
         ]
