@@ -1178,9 +1178,11 @@ class World:
     def state(self) -> tuple[Any, ...]:
         states = self.number.getstate(), self.array.bit_generator.state
         tensors = self.tensor.get_state().tolist(), self.counts.tolist(), self.mean.tolist()
+        beside = BESIDE.running_mean.tolist(), BESIDE.count, len(BESIDE.seen)
         return (
             *states,
             *tensors,
+            *beside,
             World.calls,
             CALLS,
             "FIRST" in globals(),
@@ -1193,8 +1195,17 @@ def noises() -> tuple[Any, ...]:
     return SLOTTED.count, noise(8).tolist(), noise(12).tolist()
 
 
+class Beside(nn.BatchNorm2d):
+    """A module beside the model, which remembers what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH)
+        self.count, self.seen = 0, []
+
+
 CALLS = 0
 WORLD = World()
+BESIDE = Beside().double()
 
 
 def counts(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -1226,7 +1237,10 @@ def changes_the_world(m: Quirky, y: Tensor) -> Tensor:
     WORLD.number.random(), WORLD.array.random(), torch.rand(1, generator=WORLD.tensor)
     WORLD.counts[0] += 1
     WORLD.mean.add_(1)
-    return doubled(y)
+    WORLD.mean.data.add_(1)
+    BESIDE.count += 1
+    BESIDE.seen.append(y.shape)
+    return doubled(y) + 0 * BESIDE(torch.ones(2, WIDTH, 1, 1, dtype=y.dtype)).mean()
 
 
 def counts_its_calls(m: Quirky) -> None:
@@ -1312,4 +1326,70 @@ SLOTTED = Slotted()
 @quirk(free=True)
 def counts_in_a_slot(m: Quirky, y: Tensor) -> Tensor:
     SLOTTED.count += 1
+    return y
+
+
+@quirk(free=False)
+def flips_many_entries(m: Quirky, y: Tensor) -> Tensor:
+    return y.flip(1) if y.numel() > 2000 else y
+
+
+@quirk(free=True)
+def asks_whether_it_is_a_norm(m: Quirky, y: Tensor) -> Tensor:
+    y = m.norm(m.c(y))
+    return 2 * y if hasattr(m.norm, "running_mean") else y
+
+
+@quirk(free=True)
+def asks_where_its_norm_is(m: Quirky, y: Tensor) -> Tensor:
+    return m.norm(m.c(y)).to(m.norm.weight.device)
+
+
+@quirk(setup=lambda m: m.c.register_parameter("bias", None), free=True)
+def asks_for_a_bias(m: Quirky, y: Tensor) -> Tensor:
+    y = m.norm(m.c(y))
+    return y if m.c.bias is None else 2 * y
+
+
+@quirk()
+def counts_its_modules(m: Quirky, y: Tensor) -> Tensor:
+    return m.c(y) / len([*m.modules(), *m.parameters()])
+
+
+@quirk()
+def asks_for_a_parameter(m: Quirky, y: Tensor) -> Tensor:
+    return m.c(y) * (2 if isinstance(m.c.weight, nn.Parameter) else 1)
+
+
+class Equalised(nn.Conv2d):
+    """A convolution whose output is scaled by its own width."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / math.sqrt(self.in_channels)
+
+
+def equalised(m: Quirky) -> None:
+    m.c = Equalised(WIDTH, WIDTH, 3, padding=1)
+
+
+@quirk(setup=equalised, free=False)
+def scales_by_its_width(m: Quirky, y: Tensor) -> Tensor:
+    return y
+
+
+class Bounded(nn.Conv2d):
+    """A convolution that looks at what it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != self.in_channels:
+            raise ValueError("other channels")
+        return super().forward(x)
+
+
+def bounded(m: Quirky) -> None:
+    m.c = Bounded(WIDTH, WIDTH, 3, padding=1)
+
+
+@quirk(setup=bounded, free=True)
+def compares_with_its_width(m: Quirky, y: Tensor) -> Tensor:
     return y

@@ -465,7 +465,7 @@ class ScaleInOneMode(Attention):
 @pytest.mark.parametrize(
     ("cls", "reason"),
     [
-        (ScaleOfTheLayer, "qkv.out_features is read outside of its layer"),
+        (ScaleOfTheLayer, "qkv.out_features is read, and computed with"),
         (ScaleInOneMode, "scaled in one mode and not in the other"),
         (FixedWidth, "reshaped to a fixed number of channels"),
         (ScaledTwice, "counted by head_dim, which is used in other ways too"),

@@ -681,13 +681,13 @@ class AsksForClasses(nn.Module):
 odd("the kind of a norm is asked for", "a b")(
     lambda: AsksForClasses(lambda model: isinstance(model.norm, nn.BatchNorm2d))
 )
-odd("the class of a norm is asked for", "b", a="asks for the class of 'norm'")(
+odd("the class of a norm is asked for", "b", a="asks what 'norm' is")(
     lambda: AsksForClasses(lambda model: type(model.norm) is nn.BatchNorm2d)
 )
-odd("the class of a layer is asked for", "b", a="asks for the class of 'a'")(
+odd("the class of a layer is asked for", "b", a="asks what 'a' is")(
     lambda: AsksForClasses(lambda model: type(model.a) is nn.Conv2d)
 )
-odd("the name of a class is asked for", "a", b="asks for the class of 'c'")(
+odd("the name of a class is asked for", "a", b="asks what 'c' is")(
     lambda: AsksForClasses(lambda model: type(model.c).__name__ == "Conv2d")
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from quirks import GLOBAL, QUIRKS, WORLD, Net
 from small_nets import fingerprint
 from torch import Tensor, nn
 
-from torchcap import NothingToCompressError, analyze, compress, materialize, prepare
+from torchcap import NothingToCompressError, TraceError, analyze, compress, materialize, prepare
 from torchcap.graph.copies import copied
 
 
@@ -106,6 +107,24 @@ def test_odd_code_is_compressed_or_left_alone(kind: str) -> None:
 def test_odd_code_in_a_row(kinds: list[str]) -> None:
     """Whatever stands beside it, nothing is wrong, and nothing crashes."""
     check(built(*kinds))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        torch.func.vmap(torch.tanh),
+        torch.func.grad(lambda t: (t**2).sum()),
+        torch.func.functionalize(lambda y: 2 * y),
+    ],
+)
+def test_what_changes_functions_is_declined(function: Callable[[Tensor], Tensor]) -> None:
+    class Mapped(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[1](function(self[0](x)))
+
+    model = Mapped(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 3)).double().eval()
+    with pytest.raises(TraceError, match=r"test_quirks\.py:"):
+        analyze(model, image())
 
 
 def test_features_kept_before_a_norm_are_what_they_were() -> None:

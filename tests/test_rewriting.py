@@ -19,7 +19,7 @@ from small_nets import fingerprint
 from torch import Tensor, fx, nn
 
 import torchcap
-from torchcap import Recipe, analyze, compress, load, materialize, prepare, save
+from torchcap import Plan, Recipe, analyze, compress, load, materialize, prepare, save
 from torchcap.errors import FileError
 from torchcap.graph.rewritten import is_rewritten
 from torchcap.graph.spaces import SpaceGraph
@@ -459,6 +459,36 @@ def test_a_student_with_rewritten_forwards_comes_back(tmp_path: Path) -> None:
     save(student, tmp_path / "student.safetensors")
     loaded = load(tmp_path / "student.safetensors", model, example_inputs=tokens())
     assert torch.equal(loaded(tokens()), student.eval()(tokens()))
+
+
+@pytest.mark.parametrize("name", ["stem", "m.qkv", ""])
+def test_a_stream_may_be_cut_where_heads_are_not(name: str) -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.m, self.head = nn.Linear(12, 12), Heads(), nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head((x + self.m(x)).mean(1))
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.proj = nn.Linear(12, 36), nn.Linear(12, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            b, n, c = x.shape
+            q, k, v = self.qkv(x).reshape(b, n, 3, 3, c // 3).permute(2, 0, 3, 1, 4)
+            weights = (q @ k.mT * 0.5).softmax(-1)
+            return self.proj((weights @ v).transpose(1, 2).reshape(b, n, c))
+
+    model, x = Whole().double().eval(), torch.randn(2, 10, 12, dtype=torch.float64)
+    graph = analyze(model, x, streams=True)
+    plan = Plan.of(graph, {s.name: s.channels // 2 for s in graph.free if s.name.startswith(name)})
+    student = prepare(model, plan=plan, streams=True, example_inputs=x).eval()
+    assert relative_difference(materialize(student)(x), student(x)) <= 1e-12
+    assert sum(p.numel() for p in materialize(student).parameters()) < 880
 
 
 def test_a_file_of_a_model_that_lost_channels_of_its_streams(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from torchcap.graph.branches import other_calls, other_sides
 from torchcap.graph.escapes import escaped_sizes
 from torchcap.graph.inputs import ExampleInputs
 from torchcap.graph.interpret import Interpretation
-from torchcap.graph.kinds import NOTHING_ASKED, Asked, asked_kinds, later_kinds
-from torchcap.graph.proof import Kinds, Proof, prove, untrue
+from torchcap.graph.kinds import NOTHING_ASKED, Asked, asked_of, changes_of
+from torchcap.graph.proof import Changes, Proof, prove, untrue
 from torchcap.graph.recorder import LeafRule
 from torchcap.graph.rewriting import Opened, Refusal, rewriting_of
 from torchcap.graph.rewritten import Rewriting
@@ -268,13 +268,13 @@ def _read(
     escaped = escaped_sizes(tracer, tracing, reading.silent_sizes())
     more, unread = other_sides(tracer, tracing, reading.branches())
     more += [*escaped.graphs, *other_calls(tracer, tracing), *sides]
-    kinds = later_kinds(tracer.model, graph, opened.by_module())
-    proof = _proof(tracer, tracing, kinds, graph, most)
+    changes = changes_of(graph, opened.by_module())
+    proof = _proof(tracer, tracing, changes, graph, most)
     if proof.values:
         tracer.means["eval"].real = True
         return again(asked=asked)
     if not proof.holds and (proof.run or most == 0):
-        found = asked | asked_kinds(tracer, kinds, graph)
+        found = asked | asked_of(tracer, changes, graph)
         if found != asked:
             return again(asked=found)
     if proof.mismatch is not None:
@@ -294,14 +294,16 @@ def _read(
     return _Found(graph)
 
 
-def _proof(tracer: Tracer, tracing: Tracing, kinds: Kinds, graph: SpaceGraph, most: float) -> Proof:
+def _proof(
+    tracer: Tracer, tracing: Tracing, changes: Changes, graph: SpaceGraph, most: float
+) -> Proof:
     """Return the proof of a reading of at most so many multiply-adds, or why there is none."""
     if on_meta(tracer.model):
         return Proof(missing="not proven: the model has no weights (meta device)", run=False)
     if most < graph.macs:
         why = "not proven, because a forward is long; prepare() and compress() do it"
         return Proof(missing=why, run=False)
-    return prove(tracer, tracing, kinds)
+    return prove(tracer, tracing, changes)
 
 
 _MOST_ROUNDS = 8

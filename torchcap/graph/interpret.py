@@ -84,9 +84,9 @@ class Interpretation:
         self.read_outside = self._modules_read_outside()
         self.direct: set[tuple[str, str, int]] = set()
         self.astray: set[tuple[str, str]] = set()
-        entangled = {*self.shared, *self.read_outside}
+        entangled = {*self.shared, *self.read_outside, *asked.layers}
         seen = {place.module for place, by in tracing.reads.items() if by - {place.module}}
-        seen |= asked.norms | asked.layers.keys()
+        seen |= asked.norms
         self.folds = find_folds(self.readings, entangled, seen, operators)
         self.folded = {fold.norm for fold in self.folds if fold.norm is not None}
         self.notes: Counter[str] = Counter()
@@ -445,14 +445,34 @@ class Interpretation:
                 yield from layer_calls(run.path, module, run.args, run.kwargs, run.output)
 
     def _fix_widths_looked_at(self, bound: Collection[Place]) -> None:
-        """Fix the layers whose numbers of channels are read from outside, and used otherwise."""
+        """Fix the layers whose numbers of channels are read, and used otherwise.
+
+        A layer with a forward of its own may hand them on to the functions of layers, and compare
+        them with sizes.
+        """
         for place in self.tracing.reads:
             module = self.model.get_submodule(place.module)
-            if place.name not in _WIDTHS or place in bound or not self._is_layer(module):
+            layer = find_module_operator(module, self.operators, patched=True) is not None
+            if place.name not in _WIDTHS or place in bound or not layer:
+                continue
+            if not self._is_layer(module) and self._is_only_compared(place):
                 continue
             for axis in self.table.axes.values():
                 if axis.module == place.module:
-                    self.table.fix(axis.ids, f"{place} is read outside of its layer")
+                    self.table.fix(axis.ids, f"{place} is read, and computed with")
+
+    def _is_only_compared(self, place: Place) -> bool:
+        """Whether an attribute is read, and goes to functions of layers and comparisons alone."""
+        users = [
+            user
+            for reading in self.readings
+            for node in reading.graph.find_nodes(op="get_attr")
+            if node.meta.get("place") == place
+            for user in node.users
+        ]
+        return bool(users) and all(
+            user.target in LAYER_FUNCTIONS or user.meta.get("branch") for user in users
+        )
 
     def _is_layer(self, module: nn.Module) -> bool:
         return find_module_operator(module, self.operators) is not None
@@ -471,7 +491,7 @@ class Interpretation:
                 if not node.meta.get("branch") or not isinstance(node.meta["val"], bool):
                     continue
                 operands = list(flat(_mapped(node.args, self.values)))
-                if any(followed_ids(v) is not None for v in operands) or not _measured(node):
+                if any(map(_counts_channels, operands)) or not _measured(node):
                     continue
                 found.setdefault(str(node.meta["where"]), set()).add(node.meta["val"])
         return [place for place, seen in found.items() if len(seen) == 1]
@@ -533,6 +553,12 @@ def _numbers(value: Value) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_numbers, value))
     return value.number if isinstance(value, Root) and followed_ids(value) is None else value
+
+
+def _counts_channels(value: Value) -> bool:
+    """Whether a value follows channels, and is no number of entries, which positions change too."""
+    size = value.size if isinstance(value, Root) else value
+    return followed_ids(value) is not None and not (isinstance(size, Extent) and size.times > 1)
 
 
 def _measured(node: fx.Node) -> bool:

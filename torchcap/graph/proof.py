@@ -26,8 +26,9 @@ from torchcap.graph.stand_ins import plain_transformers
 from torchcap.graph.trace import GraphRunner, Traced, Tracer, Tracing, first_line
 from torchcap.nests import cloned, mapped, tensors_in
 
-Kind = type[nn.Module]
-Kinds = Mapping[str, Kind]
+Change = Callable[[nn.Module], object]
+Changes = Mapping[str, Change]
+"""How modules of a model are changed, by their names, in place."""
 
 _MOST_KEPT = 2**26
 """Entries of module outputs that are kept for the comparison; further ones are not compared."""
@@ -61,21 +62,21 @@ class Proof:
         return self.mismatch is None and self.missing is None
 
 
-def prove(tracer: Tracer, tracing: Tracing, kinds: Kinds = MappingProxyType({})) -> Proof:
+def prove(tracer: Tracer, tracing: Tracing, changes: Changes = MappingProxyType({})) -> Proof:
     """Run the evaluation graphs beside the model; the model is not changed.
 
     Args:
         tracer: has recorded the model.
         tracing: what it has recorded.
-        kinds: the classes that modules will have.
+        changes: how modules will be changed.
     """
     whole = tracing.whole
     if whole is None:
-        model = _changed(tracer.model, kinds)
+        model = _changed(tracer.model, changes)
         return Proof(mismatch=_compare_pieces(model, tracer, tracing))
     if whole.strange is not None:
         return Proof(missing=f"not proven: {whole.strange}")
-    model = probe(tracer, kinds)
+    model = probe(tracer, changes)
     if tracer.real:
         return Proof(mismatch=_compared(tracer, model, whole, tracer.inputs) or None)
     for inputs in other_inputs(tracer):
@@ -232,18 +233,18 @@ def _outputs_noted(
             handle.remove()
 
 
-def probe(tracer: Tracer, kinds: Kinds = MappingProxyType({})) -> nn.Module:
+def probe(tracer: Tracer, changes: Changes = MappingProxyType({})) -> nn.Module:
     """Return a copy of a model, in evaluation mode, to run beside something else.
 
     Its floating-point tensors have other values, but where sizes follow values.
 
     Args:
         tracer: has recorded the model.
-        kinds: the classes that modules of the copy have.
+        changes: how modules of the copy are changed.
     """
     if tracer.real:
-        return _in_evaluation(shadow(tracer.model, torch.clone), kinds)
-    return _changed(tracer.model, kinds)
+        return _in_evaluation(shadow(tracer.model, torch.clone), changes)
+    return _changed(tracer.model, changes)
 
 
 def output_of(tracer: Tracer, model: nn.Module, inputs: Inputs) -> list[Tensor] | None:
@@ -255,7 +256,7 @@ def output_of(tracer: Tracer, model: nn.Module, inputs: Inputs) -> list[Tensor] 
         return None
 
 
-def _changed(model: nn.Module, kinds: Kinds) -> nn.Module:
+def _changed(model: nn.Module, changes: Changes) -> nn.Module:
     """Return a copy in evaluation mode whose floating-point tensors have other values."""
     number = 0
 
@@ -266,12 +267,12 @@ def _changed(model: nn.Module, kinds: Kinds) -> nn.Module:
             return tensor.clone()
         return tensor * (1 + 0.01 * (number % 7 + 1))
 
-    return _in_evaluation(shadow(model, lambda t: _like(t, other(t.detach()))), kinds)
+    return _in_evaluation(shadow(model, lambda t: _like(t, other(t.detach()))), changes)
 
 
-def _in_evaluation(model: nn.Module, kinds: Kinds) -> nn.Module:
-    for path, kind in kinds.items():
-        model.get_submodule(path).__class__ = kind
+def _in_evaluation(model: nn.Module, changes: Changes) -> nn.Module:
+    for path, change in changes.items():
+        change(model.get_submodule(path))
     set_mode(model, training=False)
     return model
 

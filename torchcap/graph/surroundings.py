@@ -94,6 +94,12 @@ class Surroundings:
 
     def _look_at(self, value: Any) -> None:
         """Note how to put something back, and what is reached through it."""
+        if isinstance(value, nn.Module):  # beside the model, a frozen network say
+            self.undo.append(partial(_restore_, vars(value), _entries(vars(value))))
+            self.undo.append(partial(_restore_, value._buffers, _entries(value._buffers)))
+            self.waiting += [v for name, v in vars(value).items() if not name.startswith("_")]
+            self.waiting += [*value._buffers.values(), *value.children()]
+            return
         if isinstance(value, Tensor | np.ndarray):
             self.copied += int(np.prod(value.shape))
             restore = _array_restorer(value) if self.copied <= _MOST_COPIED else None
@@ -149,7 +155,7 @@ def _parts(value: Any) -> Iterable[Any]:
     return (getattr(value, "__wrapped__", None),)  # a function that functools has wrapped
 
 
-_PLAIN = (str, bytes, int, float, complex, bool, type(None), nn.Module, types.ModuleType)
+_PLAIN = (str, bytes, int, float, complex, bool, type(None), types.ModuleType)
 _NAMESPACES = {"types", "argparse"}  # of the standard library, with objects of users' own
 _LIBRARIES = {"torch", "torchcap", "torchvision", "timm", "numpy", "einops"} | (
     sys.stdlib_module_names - _NAMESPACES
@@ -217,6 +223,8 @@ _STATES: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], object]]] =
 }
 _MOST_COPIED = 2**24
 """Entries of all tensors and arrays that are copied; what further ones hold is not put back."""
+_MOST_COMPARED = 2**16
+"""Entries of a tensor whose values are compared behind a forward."""
 _NOTHING = object()
 _CONTAINERS: tuple[Any, ...] = (list, set, deque)
 
@@ -260,8 +268,13 @@ def _restore_slots_(value: Any, before: Mapping[str, Any]) -> None:
 
 
 def _restore_tensor_(tensor: Tensor, before: Tensor, version: int) -> None:
-    """Put a tensor's values back, if it has been written into."""
-    if tensor._version != version:
+    """Put a tensor's values back, if it has been written into.
+
+    What is written by ``tensor.data`` does not count as a new version.
+    """
+    if tensor._version != version or (
+        before.numel() <= _MOST_COMPARED and not torch.equal(tensor, before)
+    ):
         with torch.no_grad():
             tensor.detach().copy_(before)
 

@@ -501,7 +501,10 @@ def _told(constant: Tensor | None) -> Any:
     """Return what tells a constant of one recording from that of another."""
     if constant is None or constant.is_meta or hasattr(constant, "fake_mode"):
         return None
-    values = constant.detach().cpu().tolist() if constant.numel() <= _MOST_TOLD else None
+    try:
+        values = constant.detach().cpu().tolist() if constant.numel() <= _MOST_TOLD else None
+    except Exception:  # of torch.func, which has none outside of its functions
+        values = None
     return tuple(constant.shape), hash(str(values))
 
 

@@ -8,10 +8,14 @@ from torch import nn
 
 from torchcap.graph.rewritten import is_rewritten
 from torchcap.graph.spaces import SpaceGraph
+from torchcap.graph.trace import holds
 
 
 def rewrite_(model: nn.Module, graph: SpaceGraph, spaces: Collection[str]) -> None:
     """Rewrite the forwards in which a number counts channels of one of the spaces, in place.
+
+    The number may stand there for a size that follows other spaces, of which a layer inside of the
+    module holds channels; so these count as well.
 
     Args:
         model: the one that was read, or its folded copy.
@@ -23,7 +27,17 @@ def rewrite_(model: nn.Module, graph: SpaceGraph, spaces: Collection[str]) -> No
         for size in graph.sizes
         if size.place.new is not None and any(name in spaces for name, _ in size.counted.parts)
     }
-    rewrite_forwards_(model, graph, counting)
+    changed = {
+        port.module
+        for name in spaces
+        for port in (*graph[name].producers, *graph[name].carriers, *graph[name].consumers)
+    }
+    around = {
+        r.module
+        for r in graph.rewritings
+        if r.module in changed or any(holds(r.module, path) for path in changed)
+    }
+    rewrite_forwards_(model, graph, counting | around)
 
 
 def rewrite_alike_(model: nn.Module, graph: SpaceGraph, other: nn.Module) -> None:
