@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import einops
 import pytest
 import torch
 import torch.nn.functional as F
@@ -690,6 +691,30 @@ odd("the class of a layer is asked for", "b", a="asks what 'a' is")(
 odd("the name of a class is asked for", "a", b="asks what 'c' is")(
     lambda: AsksForClasses(lambda model: type(model.c).__name__ == "Conv2d")
 )
+
+
+@odd("sizes told apart in both ways", "last", first_a="'flip'", second_a="'flip'")
+class BothWays(nn.Module):
+    """One block turns its channels, since its image is large; the other would for a larger one."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = conv(3, 8), conv(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = einops.rearrange(F.relu(self.a(x)), "b c h w -> b c (h w)")
+            y = y.flip(1) if y.shape[-1] > 30 else y
+            return self.b(y.unflatten(2, x.shape[2:]))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = BothWays.Block(), BothWays.Block()
+        self.last, self.head = conv(3, 8), conv(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(F.avg_pool2d(self.first(x), 2))
+        return self.head(F.relu(self.last(x)))
 
 
 class Standardised(nn.Conv2d):

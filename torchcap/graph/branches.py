@@ -4,7 +4,8 @@ A forward that asks how large its images are may take another way with others
 (``if x.shape[-1] > 64: x = self.down(x)``). So where a comparison of such sizes has come out one
 way, the forward is recorded once more with the other outcome, and both ways are read together: a
 channel may be cut only if every reader on either way can follow. One recording turns as many
-comparisons as it can; where that fails, the halves of them are turned apart.
+comparisons as it can: first those that the code shows, then those inside of functions, as einops
+checks what it is given. Where that fails, the halves of them are turned apart.
 
 A forward may also ask whether gradients are on, or for what an earlier forward has left in its
 module. Then it is recorded so, too.
@@ -13,6 +14,7 @@ module. Then it is recorded so, too.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -41,7 +43,9 @@ def other_sides(
     graphs: list[Traced] = []
     unread: list[str] = []
     longest = 4 * max(len(graph.graph.nodes) for graph in tracing.graphs)
-    waiting = deque([list(places)] if places else [])
+    own = [place for place in places if _COMPARISON.search(place)]
+    inner = [place for place in places if place not in own]  # of what a function checks, as einops
+    waiting = deque(some for some in (own, inner) if some)
     for _ in range(_MOST):
         if not waiting:
             break
@@ -59,6 +63,9 @@ def other_sides(
             waiting.append(missed)
         graphs += _turned(found.graphs, [*tracing.graphs, *graphs])
     return graphs, [*unread, *(place for some in waiting for place in some)]
+
+
+_COMPARISON = re.compile(r"[=!<>]=|(?<!-)[<>]| (in|if|not|and|or) ")
 
 
 def _is_refusal(error: BaseException) -> bool:

@@ -483,9 +483,9 @@ class Interpretation:
     def branches(self) -> list[str]:
         """Return the places where sizes that are no numbers of channels are compared.
 
-        Those are left out where comparisons have come out in both ways.
+        Those are left out where comparisons of a module have come out in both ways.
         """
-        found: dict[str, set[bool]] = {}
+        found: dict[tuple[str, str], set[bool]] = {}
         for reading in self.tracing.evaluations:
             for node in reading.graph.nodes:
                 if not node.meta.get("branch") or not isinstance(node.meta["val"], bool):
@@ -493,8 +493,9 @@ class Interpretation:
                 operands = list(flat(_mapped(node.args, self.values)))
                 if any(map(_counts_channels, operands)) or not _measured(node):
                     continue
-                found.setdefault(str(node.meta["where"]), set()).add(node.meta["val"])
-        return [place for place, seen in found.items() if len(seen) == 1]
+                key = str(node.meta["where"]), node.meta.get("path", "")
+                found.setdefault(key, set()).add(node.meta["val"])
+        return list(dict.fromkeys(place for (place, _), seen in found.items() if len(seen) == 1))
 
     def silent_sizes(self) -> list[Silent]:
         """Return the sizes that follow channels, about each of which C may be told a lie."""
