@@ -1393,3 +1393,17 @@ def bounded(m: Quirky) -> None:
 @quirk(setup=bounded, free=True)
 def compares_with_its_width(m: Quirky, y: Tensor) -> Tensor:
     return y
+
+
+def caches_its_table(m: Quirky) -> None:
+    m.table = functools.lru_cache(maxsize=4)(types.MethodType(column, m))
+    m.table(WIDTH)
+
+
+def column(m: Quirky, width: int) -> Tensor:
+    return m.c.weight.sum((1, 2, 3))[:width]
+
+
+@quirk(setup=caches_its_table)
+def reads_a_table_of_its_own(m: Quirky, y: Tensor) -> Tensor:
+    return m.c(y) + m.table(y.shape[1])[:, None, None]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import types
 from collections import OrderedDict, deque
@@ -33,6 +34,9 @@ HOOKS = (
     "_forward_pre_hooks_with_kwargs",
 )
 """Where a module keeps its forward hooks, and what it knows about them."""
+
+CACHE: Any = type(functools.lru_cache(copy.copy))
+"""The class of functions that keep what they have returned."""
 
 MOST_SEEN = 5000
 """Objects that are looked at when something is searched for among what a model reaches."""
@@ -176,7 +180,7 @@ def _copy_functions_(model: nn.Module, memo: dict[int, Any]) -> None:
                 if key in getattr(twin, name):
                     getattr(twin, name)[key] = _copied_function(hook, memo)
         for name, value in vars(module).items():
-            function = isinstance(value, types.FunctionType | types.MethodType | partial)
+            function = isinstance(value, types.FunctionType | types.MethodType | partial | CACHE)
             if function and twin.__dict__.get(name) is not None:  # compiled calls are not copied
                 twin.__dict__[name] = _copied_function(value, memo)
 
@@ -216,7 +220,7 @@ class _Sharing(dict[int, Any]):
         self.ours = ours
 
 
-def _copied_function(function: Any, memo: dict[int, Any]) -> Any:
+def _copied_function(function: Any, memo: dict[int, Any]) -> Any:  # noqa: PLR0911 - a kind each
     """Return a function whose cells hold copies; what needs none is returned itself."""
     if isinstance(function, types.MethodType):
         owner = _copied_value(function.__self__, memo)
@@ -225,6 +229,9 @@ def _copied_function(function: Any, memo: dict[int, Any]) -> Any:
         args = tuple(_copied_value(value, memo) for value in function.args)
         named = {name: _copied_value(value, memo) for name, value in function.keywords.items()}
         return partial(_copied_function(function.func, memo), *args, **named)
+    if isinstance(function, CACHE):  # what it has kept is of the original
+        inner = _copied_function(function.__wrapped__, memo)
+        return functools.lru_cache(**function.cache_parameters())(inner)
     if not isinstance(function, types.FunctionType):
         return _copied_value(function, memo)
     if id(function) in memo:

@@ -8,7 +8,6 @@ computed, noise is drawn from a generator of the user's own.
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import random
 import sys
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
-from torchcap.graph.copies import MOST_SEEN
+from torchcap.graph.copies import CACHE, MOST_SEEN
 
 
 class Surroundings:
@@ -319,17 +318,14 @@ def forget_(tensors: Iterable[Tensor]) -> bool:
 
 def _warm(names: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Return the caches among some names that hold something."""
-    return [(n, v) for n, v in names.items() if type(v) is _CACHE and v.cache_info().currsize]
+    return [(n, v) for n, v in names.items() if type(v) is CACHE and v.cache_info().currsize]
 
 
 def _caches() -> Iterator[Any]:
     """Yield the caches of functions that hold something, wherever they are."""
-    for cache in gc.get_referrers(_CACHE):
-        if type(cache) is _CACHE and cache.cache_info().currsize:
+    for cache in gc.get_referrers(CACHE):
+        if type(cache) is CACHE and cache.cache_info().currsize:
             yield cache
-
-
-_CACHE = type(functools.lru_cache(_codes))
 
 
 def _reaches(holder: Any, wanted: set[int], depth: int = 5) -> bool:
