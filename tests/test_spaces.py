@@ -508,6 +508,15 @@ def test_example_inputs_that_are_no_tensors_are_refused(example_inputs: Any, mes
         analyze(ConvChain(), example_inputs)
 
 
+def test_norm_that_hands_its_width_on_is_followed() -> None:
+    class ChannelsFirst(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    net = nn.Sequential(conv(3, 8), ChannelsFirst(8), nn.ReLU(), conv(8, 4))
+    assert analyze(net, IMAGE)["0"].freedom == "selection"
+
+
 def test_exported_program_is_refused_with_what_to_do() -> None:
     exported = torch.export.export(ConvChain().eval(), (IMAGE,)).module()
     with pytest.raises(ModelError, match="exported program; pass the module that it was made from"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
@@ -463,16 +464,14 @@ class Interpretation:
 
     def _is_only_compared(self, place: Place) -> bool:
         """Whether an attribute is read, and goes to functions of layers and comparisons alone."""
-        users = [
-            user
+        nodes = [
+            node
             for reading in self.readings
             for node in reading.graph.find_nodes(op="get_attr")
-            if node.meta.get("place") == place
-            for user in node.users
+            if (read := node.meta.get("place")) is not None
+            and (read.module, read.name) == (place.module, place.name)
         ]
-        return bool(users) and all(
-            user.target in LAYER_FUNCTIONS or user.meta.get("branch") for user in users
-        )
+        return bool(nodes) and all(map(_is_only_compared, nodes))
 
     def _is_layer(self, module: nn.Module) -> bool:
         return find_module_operator(module, self.operators) is not None
@@ -554,6 +553,16 @@ def _numbers(value: Value) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_numbers, value))
     return value.number if isinstance(value, Root) and followed_ids(value) is None else value
+
+
+def _is_only_compared(node: fx.Node) -> bool:
+    """Whether a number, or a row of them, goes to functions of layers and comparisons alone."""
+    return all(
+        user.target in LAYER_FUNCTIONS
+        or user.meta.get("branch")
+        or (user.target is operator.getitem and _is_only_compared(user))
+        for user in node.users
+    )
 
 
 def _counts_channels(value: Value) -> bool:
